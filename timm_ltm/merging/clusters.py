@@ -1,0 +1,311 @@
+"""Clusters and Q of merged features: what a forward pass reads, and the running sums that refresh it once per epoch.
+
+The paper clusters all merged features and computes Q (Eq. 8) at each epoch's end (Algorithm 1, line 11). Here each
+training batch adds to running sums instead: one Lloyd iteration and Q per epoch without another pass over the data.
+
+One letter per axis: B batch, n features, A clusters, K classes, F features of what is clustered.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_ltm.merging.information import class_conditional
+from timm_ltm.merging.update import assign, cluster_scores, direction, posterior_scores
+
+__all__ = ["Clusters", "RunningClusters", "fit_temperature", "kmeans", "kmeans_plus_plus", "mean_entropy"]
+
+_logger = logging.getLogger(__name__)
+
+_SMOOTHING = 1.0  # Laplace's, added to every entry of Q's numerator
+_SCALE_FLOOR = 1e-4  # below this, clusters tell nothing of the class and the direction is noise
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """(n, F), (A, F) -> (n, A)."""
+    return (
+        x.square().sum(dim=1, keepdim=True) - 2.0 * x @ centroids.t() + centroids.square().sum(dim=1)
+    ).clamp_min(0.0)
+
+
+def kmeans_plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:
+    """Initial centroids (A, F) among the features (n, F): each is drawn in proportion to its squared distance.
+
+    With fewer distinct features than clusters, features repeat.
+    """
+    n = x.shape[0]
+    first = torch.randint(n, (1,), generator=generator)
+    chosen = [x[first]]
+    nearest = squared_distances(x, chosen[0]).squeeze(1)
+    for _ in range(num_clusters - 1):
+        probability = nearest.double().cpu()
+        if probability.sum() <= 0:
+            probability = torch.ones(n, dtype=torch.double)
+        index = torch.multinomial(probability, 1, generator=generator)
+        chosen.append(x[index])
+        nearest = torch.minimum(nearest, squared_distances(x, chosen[-1]).squeeze(1))
+    return torch.cat(chosen)
+
+
+def kmeans(x: Tensor, num_clusters: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
+    """Centroids (A, F) of features (n, F): k-means++ and Lloyd's iterations. A cluster without members stays put."""
+    centroids = kmeans_plus_plus(x, num_clusters, generator)
+    for _ in range(iterations):
+        members = F.one_hot(squared_distances(x, centroids).argmin(dim=1), num_clusters).to(x.dtype)
+        counts = members.sum(dim=0).unsqueeze(1)
+        centroids = torch.where(counts > 0, members.t() @ x / counts.clamp_min(1.0), centroids)
+    return centroids
+
+
+def mean_entropy(phi: Tensor) -> Tensor:
+    """Mean over rows of -sum_a phi_a log phi_a, in nats."""
+    return -torch.xlogy(phi, phi).sum(dim=-1).mean()
+
+
+def fit_temperature(x: Tensor, centroids: Tensor, target: float = 0.5, iterations: int = 30) -> float:
+    """T at which the mean entropy of phi is ``target`` times log A.
+
+    A one-hot phi makes the update zero, a uniform one carries no information. The entropy grows with T: bisection.
+    """
+    goal = target * math.log(centroids.shape[0])
+    spread = squared_distances(x, centroids).mean().clamp_min(1e-12).item()
+    low, high = math.log(spread) - 25.0, math.log(spread) + 10.0
+    for _ in range(iterations):
+        middle = 0.5 * (low + high)
+        if mean_entropy(assign(x, centroids, math.exp(middle))) < goal:
+            low = middle
+        else:
+            high = middle
+    return math.exp(0.5 * (low + high))
+
+
+class Clusters(nn.Module):
+    """What a forward pass needs of clusters and Q: persistent buffers, so that checkpoints, EMA and Hub files carry them.
+
+    Before the first refresh the centroids are zero, and with them the direction: the update does nothing yet.
+
+    Args:
+        num_clusters: A.
+        num_features: F.
+        num_classes: K, of the head in training. Only ``true_labels`` makes buffers depend on it.
+        true_labels: Keep log Q (A, K), which the literal Eq. 3 reads with the label.
+
+    Attributes:
+        centroids: C (A, F).
+        temperature: T.
+        scores: R (A, A), times the update's scale.
+        epoch: Epochs of training behind.
+    """
+
+    def __init__(
+        self,
+        num_clusters: int,
+        num_features: int,
+        num_classes: int = 0,
+        true_labels: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": torch.float32 if dtype is None else dtype}
+        self.register_buffer("centroids", torch.zeros(num_clusters, num_features, **dd))
+        self.register_buffer("temperature", torch.ones((), **dd))
+        self.register_buffer("scores", torch.zeros(num_clusters, num_clusters, **dd))
+        self.register_buffer("log_q", torch.zeros(num_clusters, num_classes, **dd) if true_labels else None)
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))
+
+    def reset_parameters(self) -> None:
+        """Back to the state before the first refresh."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.temperature.fill_(1.0)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """dir of pooled features x (B, F) -> (B, F), in float32. ``labels`` (B,) for the literal Eq. 3 only."""
+        x = x.float()
+        centroids = self.centroids.float()
+        phi = assign(x, centroids, self.temperature.float())
+        if labels is not None and self.log_q is not None:
+            w = self.log_q.float().t()[labels] if labels.ndim == 1 else labels.float() @ self.log_q.float().t()
+        else:
+            w = posterior_scores(phi, self.scores.float())
+        return direction(phi, w, centroids)
+
+    def extra_repr(self) -> str:
+        return f"clusters={self.centroids.shape[0]}, features={self.centroids.shape[1]}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != buffer.shape:
+                raise ValueError(
+                    f"{prefix}{name}: the checkpoint's clusters have shape {tuple(saved.shape)}, this model's have "
+                    f"{tuple(buffer.shape)}. Create the model with the num_clusters, cluster_dim and cluster_grid the "
+                    f"checkpoint was trained with, or drop its '{prefix}*' entries and refresh."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RunningClusters:
+    """The running sums behind one :class:`Clusters`, over one epoch. Not a module: DDP would overwrite its buffers.
+
+    Memory is bounded: A x F sums, A x K counts, and a reservoir of ``reservoir`` features.
+
+    Args:
+        clusters: What is refreshed.
+        num_classes: K.
+        fit: Whether T is fitted, or stays at ``temperature``.
+        normalize: Whether R is scaled so that the direction has unit root mean square.
+        reservoir: Features kept to initialise, to re-seed and to fit T.
+        seed: Of the reservoir's own random numbers; the training's are not touched.
+    """
+
+    def __init__(
+        self,
+        clusters: Clusters,
+        num_classes: int,
+        temperature: float | str = "fit",
+        normalize: bool = True,
+        reservoir: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        self.clusters, self.num_classes = clusters, num_classes
+        self.temperature, self.normalize = temperature, normalize
+        self.size, self.seed = reservoir, seed
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the epoch's sums."""
+        A, F_ = self.clusters.centroids.shape
+        device = self.clusters.centroids.device
+        self.sums = torch.zeros(A, F_, device=device)
+        self.counts = torch.zeros(A, device=device)
+        self.joint = torch.zeros(A, self.num_classes, device=device)
+        self.classes = torch.zeros(self.num_classes, device=device)
+        self.features = torch.zeros(self.size + 1, F_, device=device)  # the last row takes what is not kept
+        self.labels = torch.zeros(self.size + 1, self.num_classes, device=device)
+        self.seen = 0
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.generator = torch.Generator().manual_seed(self.seed + int(self.clusters.epoch))
+
+    @torch.no_grad()
+    def add(self, x: Tensor, labels: Tensor) -> None:
+        """One training batch.
+
+        Args:
+            x: (B, F) features. Rows that are not finite are left out and counted in ``skipped``.
+            labels: (B, K) one-hot or soft.
+        """
+        x, labels = x.float(), labels.float()
+        finite = x.isfinite().all(dim=1)
+        self.skipped += (~finite).sum()
+        x = torch.where(finite.unsqueeze(1), x, 0.0)
+        weight = finite.to(x.dtype)
+        labels = labels * weight.unsqueeze(1)
+        centroids = self.clusters.centroids.float()
+        logits = 2.0 * x @ centroids.t() - centroids.square().sum(dim=1)
+        members = F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(x.dtype) * weight.unsqueeze(1)
+        self.sums += members.t() @ x
+        self.counts += members.sum(dim=0)
+        self.joint += (logits / self.clusters.temperature.float()).softmax(dim=1).t() @ labels
+        self.classes += labels.sum(dim=0)
+        self._keep(x, labels, finite)
+
+    def _keep(self, x: Tensor, labels: Tensor, finite: Tensor) -> None:
+        """Reservoir sampling (Vitter's algorithm R, a batch at a time), without waiting for the device."""
+        position = torch.arange(self.seen, self.seen + x.shape[0])
+        drawn = (torch.rand(x.shape[0], generator=self.generator, dtype=torch.double) * (position + 1)).long()
+        slot = torch.where(position < self.size, position, drawn).clamp_max(self.size).to(x.device)
+        slot = torch.where(finite, slot, self.size)
+        self.features[slot] = x
+        self.labels[slot] = labels
+        self.seen += x.shape[0]
+
+    def reduce(self) -> None:
+        """Sum over the processes of torch.distributed, where there are several. Every process must call it."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        for value in (self.sums, self.counts, self.joint, self.classes, self.skipped):
+            dist.all_reduce(value)
+        for name in ("features", "labels"):
+            mine = getattr(self, name)[: self.size].contiguous()
+            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, mine)
+            setattr(self, name, torch.cat((*everyone, mine[:1])))
+
+    @torch.no_grad()
+    def commit(self) -> dict[str, float]:
+        """Refresh C, T and R (or log Q) from the epoch's sums, then :meth:`clear`.
+
+        Returns:
+            ``features``: how many were kept, ``entropy``: mean entropy of phi over log A, ``skipped``, ``reseeded``.
+        """
+        self.reduce()
+        clusters = self.clusters
+        labels = self.labels[: len(self.labels) - 1]
+        kept = labels.sum(dim=1) > 0  # rows never filled, and rows of batches skipped, have no label
+        x, labels = self.features[: len(self.features) - 1][kept], labels[kept]
+        report = {"features": float(len(x)), "skipped": float(self.skipped), "reseeded": 0.0, "entropy": 0.0}
+        if len(x):
+            first = not bool(clusters.centroids.any())
+            reseeded = self._move_centroids(x, first)
+            T = self.temperature if self.temperature != "fit" else fit_temperature(x, clusters.centroids.float())
+            clusters.temperature.fill_(T)
+            phi = assign(x, clusters.centroids.float(), T)
+            self._commit_q(x, phi, labels, reseeded, first)
+            report["reseeded"] = float(reseeded.sum()) * (not first)
+            report["entropy"] = float(mean_entropy(phi)) / math.log(phi.shape[1])
+        clusters.epoch += 1
+        for buffer in clusters.buffers():  # processes agree to the bit
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.broadcast(buffer, 0)
+        self.clear()
+        return report
+
+    def _move_centroids(self, x: Tensor, first: bool) -> Tensor:
+        """One Lloyd iteration, k-means++ the first time; clusters without members are seeded anew. Returns which (A,)."""
+        clusters = self.clusters
+        if first:
+            generator = torch.Generator().manual_seed(self.seed)
+            clusters.centroids.copy_(kmeans(x, len(self.counts), generator=generator))
+            return torch.zeros_like(self.counts, dtype=torch.bool)
+        empty = self.counts <= 0
+        centroids = torch.where(
+            empty.unsqueeze(1), clusters.centroids.float(), self.sums / self.counts.clamp_min(1e-6).unsqueeze(1)
+        )
+        for a in empty.nonzero().flatten().tolist():  # where the clusters there are fit worst
+            others = torch.cat((centroids[:a], centroids[a + 1 :]))
+            centroids[a] = x[squared_distances(x, others).amin(dim=1).argmax()]
+        clusters.centroids.copy_(centroids)
+        return empty
+
+    def _commit_q(self, x: Tensor, phi: Tensor, labels: Tensor, reseeded: Tensor, first: bool) -> None:
+        """Q (Eq. 8) from the epoch's sums; for clusters that are new, from the reservoir."""
+        clusters = self.clusters
+        sampled = phi.t() @ labels
+        if first:
+            joint, classes = sampled, labels.sum(dim=0)
+        else:
+            share = self.classes.sum() / labels.sum()
+            joint, classes = torch.where(reseeded.unsqueeze(1), sampled * share, self.joint), self.classes
+        log_q = class_conditional(joint, _SMOOTHING).log()
+        prior = (classes + _SMOOTHING) / (classes + _SMOOTHING).sum()
+        if clusters.log_q is not None:
+            if clusters.log_q.shape != log_q.shape:
+                clusters.log_q = torch.zeros_like(log_q)
+            clusters.log_q.copy_(log_q)
+        scores = cluster_scores(log_q, prior)
+        if self.normalize:
+            centroids = clusters.centroids.float()
+            scale = direction(phi, posterior_scores(phi, scores), centroids).square().mean().sqrt()
+            scores = scores / scale.clamp_min(_SCALE_FLOOR)
+            if clusters.log_q is not None:
+                clusters.log_q.div_(scale.clamp_min(_SCALE_FLOOR))
+        clusters.scores.copy_(scores)

@@ -1,0 +1,161 @@
+"""The settings of Learnable Token Merging, and the paper's own form of them as one preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["PAPER", "PRESETS", "MergeConfig"]
+
+# The form the paper prints. "Eq. N" and sections are those of Wang & Yang, TPAMI 2025.
+PAPER: dict[str, Any] = dict(
+    mask_form="dense",  # Section 3.1: G in R^{N x P}
+    mask_softmax="tokens",  # Section 4.1: the weights of each merged token sum to 1
+    first_mask="printed",  # Section 3.1: G^(1) = Softmax(f(X / tau))
+    carry_mask=True,  # Eq. 2: G^(l) starts from G^(l-1)
+    num_clusters=None,  # Section 3.2: as many clusters as classes
+    cluster_dim=None,  # Section 3.2: clusters of the merged tokens themselves, d = D
+    cluster_grid=None,  # Section 3.2: clusters in R^{P x D}, one cell per slot
+    labels="true",  # Eq. 3: psi_ia needs y_i
+    mask_mode="batch",  # Eq. 3: one sum over the minibatch
+    temperature=1.0,  # Section 3.2: phi without a temperature
+    update_scale="exact",  # Eq. 3: the step 2 eta / T, not normalised
+)
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+
+_CHOICES = {
+    "mask_form": ("anchored", "dense"),
+    "mask_softmax": ("slots", "tokens"),
+    "first_mask": ("anchors", "learned", "printed"),
+    "mask_mode": ("sample", "batch"),
+    "labels": ("posterior", "true"),
+    "update_scale": ("normalized", "exact"),
+}
+
+
+def _error(name: str, got: object, expected: str, remedy: str) -> ValueError:
+    return ValueError(f"{name}: got {got!r}, expected {expected}. {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Every setting of Learnable Token Merging (LTM), checked on construction.
+
+    Args:
+        compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N). One number for all blocks,
+            or one per block; 1.0 means that this block does not merge.
+        merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
+        num_clusters: A, clusters of merged features per block. ``None``: the number of classes.
+        cluster_dim: d, width of the projection that is clustered and of the mask MLP. ``None``: the tokens themselves.
+        cluster_grid: g, slots are pooled by position onto g x g cells before clustering. ``None``: one cell per slot.
+        mask_form: ``"anchored"``: P tokens keep their slot, the other N - P are handed out (a sparse mask).
+            ``"dense"``: every entry of the N x P mask is computed.
+        mask_softmax: What a dense mask is normalised over. ``"slots"``: a token hands out its whole weight, then columns
+            are scaled to sum to 1. ``"tokens"``: softmax over the N tokens of each slot, as in the paper.
+        first_mask: ``"anchors"``: similarity to the slots' anchors. ``"learned"``: sigmoid(f(X)) / tau.
+            ``"printed"``: sigmoid(f(X / tau)), as in the paper. The last two need ``mask_form="dense"``.
+        carry_mask: Start a block's mask from that of the block before it (Eq. 2).
+        mask_mode: ``"sample"``: one mask per image. ``"batch"``: the batch's mean update, its running mean in eval.
+        labels: ``"posterior"``: no labels, the expectation over the posterior that Q implies. ``"true"``: the label in
+            training, as in Eq. 3 (the posterior in eval, where there is none).
+        update: Apply the information-bottleneck update. ``False`` leaves anchors alone.
+        update_scale: ``"normalized"``: the update's direction has unit root mean square over the refresh data.
+            ``"exact"``: the step 2 eta / T of Eq. 3.
+        eta: Initial step size of the update, learned per block.
+        beta: Initial sharpness of the anchors' similarity, learned per block.
+        tau: Temperature of the first mask, in (0, 1].
+        temperature: ``"fit"``: T is fitted at each refresh so that the mean entropy of phi is half of log A.
+            A number: fixed.
+        momentum: Of the running mean update in ``mask_mode="batch"``, as in BatchNorm.
+
+    Raises:
+        ValueError: A setting is out of range or two settings contradict each other.
+    """
+
+    compression_ratio: float | Sequence[float] = 0.95
+    merge_warmup_epochs: int = 0
+    num_clusters: int | None = 64
+    cluster_dim: int | None = 32
+    cluster_grid: int | None = 4
+    mask_form: str = "anchored"
+    mask_softmax: str = "slots"
+    first_mask: str = "anchors"
+    carry_mask: bool = False
+    mask_mode: str = "sample"
+    labels: str = "posterior"
+    update: bool = True
+    update_scale: str = "normalized"
+    eta: float = 1.0
+    beta: float = 300.0
+    tau: float = 0.1
+    temperature: float | str = "fit"
+    momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            if not (isinstance(ratio, (int, float)) and 0.0 < ratio <= 1.0):
+                raise _error("compression_ratio", ratio, "numbers in (0, 1]", "Use 1.0 for a block that must not merge.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _error(name, getattr(self, name), f"one of {choices}", "Choose one of these.")
+        if self.merge_warmup_epochs < 0:
+            raise _error("merge_warmup_epochs", self.merge_warmup_epochs, "0 or more", "0 merges from the start.")
+        if self.num_clusters is not None and self.num_clusters < 2:
+            raise _error("num_clusters", self.num_clusters, "2 or more, or None", "update=False does without clusters.")
+        for name in ("cluster_dim", "cluster_grid"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise _error(name, getattr(self, name), "1 or more, or None", "Leave it out for the default.")
+        if self.temperature != "fit" and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+            raise _error("temperature", self.temperature, "'fit' or a number above 0", "Leave it out to have it fitted.")
+        for name in ("beta", "tau", "eta"):
+            if not getattr(self, name) > 0:
+                raise _error(name, getattr(self, name), "a number above 0", "update=False turns the update off.")
+        if not 0 < self.momentum <= 1:
+            raise _error("momentum", self.momentum, "a number in (0, 1]", "0.1 is BatchNorm's.")
+        if self.mask_form == "anchored" and self.first_mask != "anchors":
+            raise _error("first_mask", self.first_mask, "'anchors' with mask_form='anchored'", "Set mask_form='dense'.")
+        if self.mask_form == "anchored" and self.mask_softmax != "slots":
+            raise _error("mask_softmax", self.mask_softmax, "'slots' with mask_form='anchored'", "Set mask_form='dense'.")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The given ratios, one entry if one was given."""
+        ratio = self.compression_ratio
+        return tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,)
+
+    def ratios_for(self, depth: int) -> tuple[float, ...]:
+        """One ratio for each of ``depth`` blocks.
+
+        Raises:
+            ValueError: The number of ratios is neither 1 nor ``depth``.
+        """
+        ratios = self.ratios
+        if len(ratios) not in (1, depth):
+            raise _error(
+                "compression_ratio",
+                f"{len(ratios)} ratios",
+                f"one number or {depth}, one per block",
+                "Use 1.0 for blocks that must not merge.",
+            )
+        return ratios * depth if len(ratios) == 1 else ratios
+
+    @classmethod
+    def from_kwargs(cls, preset: str = "default", **kwargs: Any) -> MergeConfig:
+        """The settings of a preset, overridden by ``kwargs``."""
+        if preset not in PRESETS:
+            raise _error("preset", preset, f"one of {tuple(PRESETS)}", "Choose one of these.")
+        return cls(**{**PRESETS[preset], **kwargs})
+
+
+def num_slots(num_tokens: int, ratio: float) -> int:
+    """P = ceil(r N) (Section 3.1), immune to r N being a rounding error above a whole number.
+
+    Raises:
+        ValueError: There is not one slot.
+    """
+    slots = math.ceil(ratio * num_tokens - 1e-6)
+    if slots < 1:
+        raise _error("compression_ratio", ratio, f"at least one slot of {num_tokens} tokens", "Raise the ratio.")
+    return slots

@@ -1,0 +1,235 @@
+"""Anchors, masks, merge and unmerge (Section 3.1 of the paper).
+
+One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, d cluster
+width, H W grid. A mask G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "AnchoredMask",
+    "DenseMask",
+    "Mask",
+    "anchored_mask",
+    "dense_mask",
+    "even_columns",
+    "merge",
+    "merge_ordered",
+    "order_by_redundancy",
+    "redundancy",
+    "take",
+    "take_columns",
+    "unmerge",
+]
+
+_BOUND = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
+
+
+class AnchoredMask(NamedTuple):
+    """A mask whose slots are tokens (anchors): a selection plus M dense rows.
+
+    Attributes:
+        order: (B, N) token indices: the P anchors in token order, then the M others.
+        own: (B, P) weight of each anchor in its slot.
+        rest: (B, M, P) weights of the others. ``own + rest.sum(1)`` is 1.
+        to: (B, M, P) where the others go, rows sum to 1.
+    """
+
+    order: Tensor
+    own: Tensor
+    rest: Tensor
+    to: Tensor
+
+    def dense(self) -> Tensor:
+        """G (B, N, P)."""
+        return self._rows(torch.diag_embed(self.own), self.rest)
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return self._rows(torch.diag_embed(torch.ones_like(self.own)), self.to)
+
+    def _rows(self, kept: Tensor, others: Tensor) -> Tensor:
+        rows = torch.cat((kept, others), dim=1)  # B (P M) P, in `order`
+        return take(rows, self.order.argsort(dim=1))
+
+
+class DenseMask(NamedTuple):
+    """A mask with every entry of its own.
+
+    Attributes:
+        weights: (B, N, P), columns sum to 1.
+        to: (B, N, P), rows sum to 1.
+    """
+
+    weights: Tensor
+    to: Tensor
+
+    def dense(self) -> Tensor:
+        """G (B, N, P)."""
+        return self.weights
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return self.to
+
+
+Mask = Union[AnchoredMask, DenseMask]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, K) of each image of ``x`` (B, N, D): (B, K, D). One flat lookup, far faster than gather."""
+    B, N, D = x.shape
+    flat = index + torch.arange(B, device=x.device).unsqueeze(1) * N
+    return F.embedding(flat, x.reshape(B * N, D))
+
+
+def redundancy(keys: Tensor, both_halves: bool = True) -> Tensor:
+    """How well another token could stand in for each token.
+
+    The largest cosine similarity to a token of the other half (even and odd positions, ToMe's bipartition). Odd tokens
+    are ranked below all even ones, so that of two twins only one goes before every even token has gone.
+
+    Args:
+        keys: (B, N, K) unit vectors.
+        both_halves: Whether odd tokens are ranked among each other; False where less than the even half will go.
+
+    Returns:
+        (B, N), even entries in [-1, 1], odd entries at most -3.
+    """
+    B, N, _ = keys.shape
+    even, odd = keys[:, ::2], keys[:, 1::2]
+    if N < 2:
+        return keys.new_zeros(B, N)
+    similarity = even @ odd.transpose(1, 2)  # B N/2 N/2
+    of_even = similarity.amax(dim=2)
+    of_odd = similarity.amax(dim=1) - 4.0 if both_halves else torch.full_like(odd[..., 0], -4.0)
+    of_odd = F.pad(of_odd, (0, even.shape[1] - odd.shape[1]))
+    return torch.stack((of_even, of_odd), dim=2).reshape(B, -1)[:, :N]  # interleave, B (N/2 2) -> B N
+
+
+def order_by_redundancy(keys: Tensor, num_slots: int) -> Tensor:
+    """(B, N) token indices: the ``num_slots`` least redundant (the anchors) in token order, then the others.
+
+    Args:
+        keys: (B, N, K) unit vectors.
+        num_slots: P.
+    """
+    N = keys.shape[1]
+    dropped = N - num_slots
+    ranked = redundancy(keys, both_halves=dropped > (N + 1) // 2).topk(N, dim=1, largest=False).indices
+    anchors = ranked[:, :num_slots].sort(dim=1).values
+    return torch.cat((anchors, ranked[:, num_slots:]), dim=1)
+
+
+def anchored_mask(
+    order: Tensor,
+    similarity: Tensor,
+    size: Tensor,
+    update_own: Tensor | None = None,
+    update_rest: Tensor | None = None,
+) -> tuple[AnchoredMask, Tensor]:
+    """Each anchor keeps its slot; every other token hands out its whole weight over the slots.
+
+    ``to = softmax_p(similarity + u)``, weights ``size * to * exp(u)``, scaled so that each column sums to 1: the update u
+    decides where a token goes and how much it counts there.
+
+    Args:
+        order: (B, N) from :func:`order_by_redundancy`.
+        similarity: (B, M, P) logits of the others to the anchors.
+        size: (B, N) how many input tokens each token stands for.
+        update_own: (B, P) u of each anchor in its own slot.
+        update_rest: (B, M, P) u of the others in every slot.
+
+    Returns:
+        The mask, and the sizes (B, P) of the merged tokens. Sizes add up to those put in.
+    """
+    P = similarity.shape[2]
+    size_own, size_rest = size.gather(1, order).split((P, order.shape[1] - P), dim=1)
+    if update_own is None or update_rest is None:
+        to = similarity.softmax(dim=2)
+        merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)
+        return AnchoredMask(order, size_own / merged_size, size_rest.unsqueeze(2) * to / merged_size.unsqueeze(1), to), (
+            merged_size
+        )
+    update_own, update_rest = update_own.clamp(-_BOUND, _BOUND), update_rest.clamp(-_BOUND, _BOUND)
+    to = (similarity + update_rest).softmax(dim=2)
+    merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)
+    own = size_own * update_own.exp()
+    rest = size_rest.unsqueeze(2) * to * update_rest.exp()
+    total = own + rest.sum(dim=1)
+    return AnchoredMask(order, own / total, rest / total.unsqueeze(1), to), merged_size
+
+
+def dense_mask(logits: Tensor, size: Tensor, softmax: str = "slots") -> tuple[DenseMask, Tensor]:
+    """A dense mask from its logits.
+
+    Args:
+        logits: (B, N, P).
+        size: (B, N) how many input tokens each token stands for.
+        softmax: ``"tokens"``: softmax over N, the paper's (Section 4.1). ``"slots"``: each token's softmax over P times
+            its size, then columns scaled to sum to 1.
+
+    Returns:
+        The mask, and the sizes (B, P) of the merged tokens. Sizes add up to those put in.
+    """
+    if softmax == "tokens":
+        weights = logits.softmax(dim=1)
+        to = (weights + 1e-12) / (weights + 1e-12).sum(dim=2, keepdim=True)
+        shares = to * size.unsqueeze(2)
+    else:
+        to = logits.softmax(dim=2)
+        shares = to * size.unsqueeze(2)
+        weights = (shares + 1e-12) / (shares + 1e-12).sum(dim=1, keepdim=True)
+    return DenseMask(weights, to), shares.sum(dim=1)
+
+
+def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
+    """G^T x: merged tokens, the ``num_prefix`` first ones passed through.
+
+    Args:
+        x: (B, num_prefix + N, D).
+        mask: Of the N tokens behind the prefix.
+        num_prefix: Class, register and distillation tokens in front.
+
+    Returns:
+        (B, num_prefix + P, D).
+    """
+    dtype = x.dtype
+    if isinstance(mask, DenseMask):
+        merged = mask.weights.to(dtype).transpose(1, 2) @ x[:, num_prefix:]
+        return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
+    order, own, rest = mask.order, mask.own.to(dtype), mask.rest.to(dtype)
+    if num_prefix:  # prefix tokens are anchors that nobody is handed to
+        prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
+        order = torch.cat((prefix, order + num_prefix), dim=1)
+        own, rest = F.pad(own, (num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
+    return merge_ordered(take(x, order), own, rest)
+
+
+def merge_ordered(x: Tensor, own: Tensor, rest: Tensor) -> Tensor:
+    """The merge of tokens (B, P + M, D) that are in the mask's order already: (B, P, D)."""
+    P = own.shape[1]
+    return torch.baddbmm(x[:, :P] * own.unsqueeze(2), rest.transpose(1, 2), x[:, P:])
+
+
+def unmerge(x: Tensor, destinations: Tensor) -> Tensor:
+    """Merged tokens (B, P, D) back at the tokens they came from: ``destinations`` (B, N, P) @ x, (B, N, D)."""
+    return destinations.to(x.dtype) @ x
+
+
+def even_columns(num_tokens: int, num_slots: int, device: torch.device | None = None) -> Tensor:
+    """(P,) token indices at even spacing, the columns of a carried mask where slots have no anchors."""
+    return ((torch.arange(num_slots, device=device) + 0.5) * (num_tokens / num_slots)).long()
+
+
+def take_columns(x: Tensor, index: Tensor) -> Tensor:
+    """Columns ``index``, (P,) or (B, P), of each image of ``x`` (B, N, K): (B, N, P)."""
+    if index.ndim == 1:
+        return x[:, :, index]
+    return take(x.transpose(1, 2), index).transpose(1, 2)

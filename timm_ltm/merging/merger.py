@@ -1,0 +1,347 @@
+"""The mask module of one block (Figure 1 of the paper): from a block's attention output to merged tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_ltm.merging.clusters import Clusters
+from timm_ltm.merging.config import MergeConfig, num_slots
+from timm_ltm.merging.merge import (
+    AnchoredMask,
+    DenseMask,
+    Mask,
+    anchored_mask,
+    dense_mask,
+    even_columns,
+    merge,
+    merge_ordered,
+    order_by_redundancy,
+    take,
+    take_columns,
+)
+from timm_ltm.merging.update import mask_update, pool_slots
+
+__all__ = ["MergeState", "TokenMerger", "grid_cells", "initial_state"]
+
+
+class MergeState(NamedTuple):
+    """What travels with the tokens from block to block.
+
+    Attributes:
+        size: (B, N) how many input tokens each token stands for.
+        cells: (B, N, c) one where a token lies in a cell of the coarse grid, else zero; c is 0 where nothing is pooled.
+        carried: The previous block's mask or update (Eq. 2) with its rows merged already, if it is carried.
+        trace: Masks are appended here, if they are asked for.
+    """
+
+    size: Tensor
+    cells: Tensor
+    carried: Tensor | None = None
+    trace: list[Mask] | None = None
+
+
+def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tensor:
+    """(H W, g g): which cell of a coarse g x g grid each token of an H x W grid lies in."""
+    rows = torch.arange(height, device=device) * cells // height
+    columns = torch.arange(width, device=device) * cells // width
+    index = rows.unsqueeze(1) * cells + columns  # H W
+    return F.one_hot(index.flatten(), cells * cells)
+
+
+def initial_state(
+    x: Tensor, num_prefix: int, grid: tuple[int, int], cells: int | None, trace: list[Mask] | None = None
+) -> MergeState:
+    """The state in front of the first block: every token stands for itself.
+
+    Args:
+        x: (B, num_prefix + N, D) tokens.
+        grid: (H, W). Where N is not H W (patch dropout), cells are bands of the token order.
+        cells: g, or None where nothing is pooled.
+    """
+    B, N = x.shape[0], x.shape[1] - num_prefix
+    size = torch.ones(B, N, device=x.device)
+    if cells is None:
+        return MergeState(size, size.new_zeros(B, N, 0), trace=trace)
+    height, width = grid if grid[0] * grid[1] == N else (N, 1)
+    membership = grid_cells(height, width, cells, x.device).to(size.dtype)
+    return MergeState(size, membership.expand(B, -1, -1), trace=trace)
+
+
+class TokenMerger(nn.Module):
+    """Merges the tokens of one block: anchors, information-bottleneck update, mask, merge.
+
+    Args:
+        dim: D.
+        num_tokens: N this block will see at the model's default input size. Only settings tied to a size use it.
+        ratio: r of Section 3.1, P = ceil(r N).
+        config: The method's settings.
+        num_classes: K, where the number of clusters or the literal Eq. 3 depends on it.
+        first: Whether this is the first block that merges.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        ratio: float,
+        config: MergeConfig,
+        num_classes: int = 0,
+        first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.ratio, self.config, self.first = ratio, config, first
+        self.num_tokens, self.num_slots = num_tokens, num_slots(num_tokens, ratio)
+        self.collecting = False  # set by ClusterRefresh: keep each training batch's features
+        self.features: Tensor | None = None  # (B, F), read and cleared by ClusterRefresh
+        self.labels: Tensor | None = None  # (B,) or (B, K), set by ClusterRefresh for labels="true"
+
+        self.starts_mask = config.first_mask != "anchors" and (first or not config.carry_mask)
+        self.updates = config.update and not (self.starts_mask and config.carry_mask)  # Eq. 2: l >= 2
+        if config.mask_form == "anchored" or config.first_mask == "anchors":
+            self.log_beta = nn.Parameter(torch.full((), config.beta, **dd).log())
+        if self.starts_mask:
+            self.mask_fc = nn.Linear(dim, self.num_slots, **dd)  # f of G^(1) = Softmax(f(X / tau))
+        self.num_cells = self.num_slots if config.cluster_grid is None else config.cluster_grid**2
+        if self.updates:
+            d = dim if config.cluster_dim is None else config.cluster_dim
+            self.cluster_dim = d
+            self.eta = nn.Parameter(torch.full((), config.eta, **dd))
+            self.proj = nn.Identity() if config.cluster_dim is None else nn.Linear(dim, d, bias=False, **dd)
+            self.mlp_fc1 = nn.Linear(dim, dim, **dd) if config.cluster_dim is None else nn.Identity()
+            self.mlp_fc2 = nn.Linear(d, d, **dd)
+            A = num_classes if config.num_clusters is None else config.num_clusters
+            if A < 2:
+                raise ValueError(
+                    f"num_clusters: got None with num_classes={num_classes}, expected 2 classes or more. "
+                    "Give num_clusters a number."
+                )
+            self.clusters = Clusters(
+                A, self.num_cells * d, num_classes, true_labels=config.labels == "true", device=device, dtype=dtype
+            )
+            running = (num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
+            running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
+            self.register_buffer("running_update", running_update)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values: timm's for ViT's linear layers. Clusters are left alone."""
+        for module in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def reset_classes(self, num_classes: int) -> None:
+        """A new head: log Q of the old classes is forgotten, R stays as it is."""
+        if self.updates and self.clusters.log_q is not None:
+            self.clusters.log_q = self.clusters.log_q.new_zeros(len(self.clusters.log_q), num_classes)
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether :meth:`forward` reads attention keys."""
+        return self.config.first_mask == "anchors"
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}, form={self.config.mask_form}"
+
+    def forward(
+        self,
+        z: Tensor,
+        state: MergeState,
+        num_prefix: int = 0,
+        keys: Tensor | None = None,
+        inputs: Tensor | None = None,
+        observe: bool = False,
+    ) -> tuple[Tensor, MergeState]:
+        """Merge one block's tokens.
+
+        Args:
+            z: Attention output with its shortcut (B, num_prefix + N, D).
+            state: Of these tokens.
+            keys: (B, num_prefix + N, K) mean attention keys, where :attr:`needs_keys`.
+            inputs: X (B, num_prefix + N, D) the block's input, where the first mask is f(X).
+            observe: Leave the tokens as they are; only keep features for the clusters' refresh (warm-up).
+
+        Returns:
+            Merged tokens (B, num_prefix + P, D) and their state.
+        """
+        N = z.shape[1] - num_prefix
+        P = self.num_slots if self.tied else num_slots(N, self.ratio)
+        if self.tied and N != self.num_tokens and not observe:
+            raise ValueError(
+                f"got {N} tokens, expected {self.num_tokens}: cluster_grid=None, first_mask={self.config.first_mask!r} "
+                f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "
+                "img_size, or with settings that are not tied to one."
+            )
+        patches = slice(num_prefix, None)
+        with torch.autocast(z.device.type, enabled=False):  # distances and sharp softmaxes need float32
+            unit = F.normalize(keys[:, patches].float(), dim=2) if keys is not None else None
+        if self.config.mask_form == "anchored":
+            mask, size, cells, carried = self._anchored(z, state, num_prefix, P, unit, observe)
+        else:
+            X = inputs[:, patches] if inputs is not None else None
+            mask, size, cells, carried = self._dense(z, state, num_prefix, P, unit, X, observe)
+        if observe:
+            if carried is not None and isinstance(mask, DenseMask):
+                state = state._replace(carried=carried)
+            return z, state
+        if carried is not None:
+            carried = merge(carried, mask) if isinstance(mask, DenseMask) else self._carry_factors(carried, mask)
+        if state.trace is not None:
+            state.trace.append(mask)
+        return merge(z, mask, num_prefix), MergeState(size, cells, carried, state.trace)
+
+    @property
+    def tied(self) -> bool:
+        """Whether settings tie this module to one number of tokens."""
+        config = self.config
+        return self.starts_mask or (self.updates and (config.cluster_grid is None or config.mask_mode == "batch"))
+
+    def _values(self, z: Tensor, num_prefix: int) -> Tensor:
+        """What is clustered (B, N, d): the tokens themselves, or a projection of them with every token normalised.
+
+        The normalisation is per token, before merging: merging stays linear in it and dir the exact gradient.
+        """
+        values = self.proj(z)[:, num_prefix:]
+        return values if self.config.cluster_dim is None else F.layer_norm(values, values.shape[-1:])
+
+    def _mlp(self, values: Tensor) -> Tensor:
+        """MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one."""
+        return self.mlp_fc2(F.relu(self.mlp_fc1(values)))
+
+    def _slot_direction(self, features: Tensor, cells: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d)."""
+        literal = self.config.cluster_grid is None
+        pooled = features if literal else pool_slots(features, cells, size)[0]
+        flat = pooled.flatten(1)  # B (c d)
+        if self.training and self.collecting:
+            self.features = flat.detach()
+        labels = self.labels if self.training else None
+        if labels is not None and len(labels) != len(flat):
+            raise ValueError(f"labels: got {len(labels)} for a batch of {len(flat)}. Give one label per image.")
+        of_cells = self.clusters(flat, labels).view(pooled.shape)
+        return of_cells, of_cells if literal else cells @ of_cells
+
+    @property
+    def _step(self) -> Tensor:
+        """2 eta / T of Eq. 3, or eta where R has the rest in it."""
+        eta = self.eta.float()
+        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.float()
+
+    def _batch_mean(self, update: Tensor) -> Tensor:
+        """The sum over the minibatch of Eq. 3, as a mean: of the batch in training, the running one in eval."""
+        if self.running_update is None:
+            return update
+        if not self.training:
+            return self.running_update.to(update.dtype).expand_as(update)
+        mean = update.mean(dim=0)
+        with torch.no_grad():
+            self.running_update.lerp_(mean.to(self.running_update.dtype), self.config.momentum)
+        return mean.expand_as(update)
+
+    def _anchored(
+        self, z: Tensor, state: MergeState, num_prefix: int, P: int, unit: Tensor, observe: bool
+    ) -> tuple[AnchoredMask, Tensor, Tensor, Tensor | None]:
+        """A selection plus dense rows for the tokens that lose their slot."""
+        with torch.no_grad():
+            order = order_by_redundancy(unit, P)
+        values = take(self._values(z, num_prefix), order) if self.updates else None  # in order from here on
+        mlp = self._mlp(values) if self.updates else None
+        cells = take(state.cells, order)
+        with torch.autocast(z.device.type, enabled=False):
+            unit = take(unit, order)
+            similarity = self.log_beta.float().exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
+            slot_cells = cells[:, :P]
+            base, base_size = anchored_mask(order, similarity, state.size)
+            if values is None or mlp is None:
+                return base, base_size, slot_cells, None
+            merged = merge_ordered(values.float(), base.own, base.rest)  # X~(G^(l-1))
+            of_cells, of_slots = self._slot_direction(merged, slot_cells, base_size)
+            if observe:
+                return base, base_size, slot_cells, None
+            mlp = self._step * mlp.float()
+            if self.running_update is None:
+                own, rest = (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
+            else:
+                to_order = mask_update(mlp, of_cells, 1.0)  # B N c, tokens in order
+                by_index = take(to_order, order.argsort(dim=1))
+                update = take(self._batch_mean(by_index), order)
+                own = (update[:, :P] * slot_cells).sum(dim=2)
+                rest = update[:, P:] @ slot_cells.transpose(1, 2)
+            carried = None
+            if self.config.carry_mask:
+                if state.carried is not None:
+                    query, key = take(state.carried, order).chunk(2, dim=2)
+                    own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
+                    rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
+                carried = torch.cat((mlp, F.pad(of_slots, (0, 0, 0, mlp.shape[1] - P))), dim=2)
+            mask, size = anchored_mask(order, similarity, state.size, own, rest)
+            return mask, size, slot_cells, carried
+
+    def _carry_factors(self, carried: Tensor, mask: AnchoredMask) -> Tensor:
+        """The update as factors, for the next block: rows (queries) merged, columns (keys) as they are."""
+        query, key = carried.chunk(2, dim=2)
+        return torch.cat((merge_ordered(query, mask.own, mask.rest), key[:, : mask.own.shape[1]]), dim=2)
+
+    def _dense(
+        self,
+        z: Tensor,
+        state: MergeState,
+        num_prefix: int,
+        P: int,
+        unit: Tensor | None,
+        X: Tensor | None,
+        observe: bool,
+    ) -> tuple[DenseMask, Tensor, Tensor, Tensor | None]:
+        """Every entry of the N x P mask."""
+        config, device = self.config, z.device
+        first = self._first_logits(X) if self.starts_mask else None
+        values = self._values(z, num_prefix) if self.updates else None
+        mlp = self._mlp(values) if self.updates else None
+        with torch.autocast(device.type, enabled=False):
+            if unit is not None:
+                with torch.no_grad():
+                    columns = order_by_redundancy(unit, P)[:, :P]
+                first = self.log_beta.float().exp() * (unit @ take(unit, columns).transpose(1, 2))
+            else:
+                # token i of this block is slot i of the last one: of unmerged tokens (warm-up), slots are the columns
+                slots = z.shape[1] - num_prefix if state.carried is None else state.carried.shape[2]
+                columns = even_columns(slots, P, device)
+            previous = take_columns(state.carried, columns) if state.carried is not None else None
+            if first is not None:
+                base = first.float()
+                mask, size = dense_mask(base, state.size, config.mask_softmax)
+                weights = mask.weights
+            else:
+                assert previous is not None, "a block without a first mask follows one that carries its mask"
+                base = weights = previous  # G^(l-1)
+            index = columns if columns.ndim == 2 else columns.clamp_max(state.cells.shape[1] - 1).expand(len(z), -1)
+            slot_cells = take(state.cells, index)
+            update = None
+            if values is not None and mlp is not None:
+                features = weights.transpose(1, 2) @ values.float()  # X~(G^(l-1)) = G^T Z
+                slot_size = (state.size.unsqueeze(1) @ weights).squeeze(1)
+                _, of_slots = self._slot_direction(features, slot_cells, slot_size)
+                if not observe:
+                    update = self._batch_mean(mask_update(mlp.float(), of_slots, self._step))  # Eq. 3
+            if config.first_mask == "anchors" and previous is not None:
+                update = previous if update is None else update + previous
+            if update is not None or first is None:
+                mask, size = dense_mask(base if update is None else base + update, state.size, config.mask_softmax)
+            carried = None
+            if config.carry_mask:
+                carried = mask.weights if config.first_mask != "anchors" else update
+            return mask, size, slot_cells, carried
+
+    def _first_logits(self, X: Tensor | None) -> Tensor:
+        """f(X): (B, N, P). ``"printed"`` is Section 3.1's f(X / tau); dividing inside the sigmoid sparsifies nothing."""
+        assert X is not None, "f(X) needs the block's input"
+        if self.config.first_mask == "printed":
+            return self.mask_fc(X / self.config.tau).sigmoid()
+        return self.mask_fc(X).sigmoid() / self.config.tau

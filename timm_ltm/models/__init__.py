@@ -1,0 +1,5 @@
+"""LTM models, registered with timm on import."""
+
+from timm_ltm.models.ltm_vit import LTMBlock, LTMVisionTransformer, MergeMasks
+
+__all__ = ["LTMBlock", "LTMVisionTransformer", "MergeMasks"]

@@ -1,0 +1,97 @@
+"""What the LTM models of every timm family share: the settings, the switch, and the epochs of warm-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from timm_ltm.merging import MergeConfig, TokenMerger
+
+__all__ = ["LTMModel", "split_ltm_kwargs", "with_ltm_state"]
+
+_LTM_ARGUMENTS = ("preset", *(field.name for field in dataclasses.fields(MergeConfig)))
+_on_created: list[Callable[[LTMModel], None]] = []  # training.py asks to be told of models to attach to
+_on_mode: weakref.WeakKeyDictionary[nn.Module, Callable[[bool], None]] = weakref.WeakKeyDictionary()
+
+
+def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LTM's arguments and timm's, apart."""
+    ltm = {name: value for name, value in kwargs.items() if name in _LTM_ARGUMENTS}
+    return ltm, {name: value for name, value in kwargs.items() if name not in ltm}
+
+
+def with_ltm_state(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A plain timm checkpoint with the model's own initial values for what LTM adds, so that it loads strictly."""
+    own = {name: value for name, value in model.state_dict().items() if ".merger." in name}
+    if any(name in state_dict for name in own):
+        return state_dict  # trained with LTM: what is missing is an error
+    return {**own, **state_dict}
+
+
+class LTMModel(nn.Module):
+    """Mixin of every LTM model, in front of timm's class.
+
+    The constructor of the subclass sets ``merge_config`` and gives blocks their :class:`TokenMerger`, then calls
+    :meth:`_finish_ltm`.
+    """
+
+    merge_config: MergeConfig
+    collecting: bool = False  # set by ClusterRefresh
+
+    def _finish_ltm(self, ltm_kwargs: dict[str, Any]) -> None:
+        self.ltm_args = dict(ltm_kwargs)
+        self._forced: bool | None = None
+        self._read_epoch()
+        self.register_load_state_dict_post_hook(lambda module, _: module._read_epoch())
+        for callback in _on_created:
+            callback(self)
+
+    def mergers(self) -> Iterator[tuple[str, TokenMerger]]:
+        """The blocks' mergers by name, in the order they run."""
+        for name, module in self.named_modules():
+            if isinstance(module, TokenMerger):
+                yield name, module
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of training behind, as last read from the model's buffers."""
+        return self._epoch
+
+    @property
+    def merging(self) -> bool:
+        """Whether a forward pass merges now."""
+        return self._epoch >= self.merge_config.merge_warmup_epochs if self._forced is None else self._forced
+
+    def set_merging(self, enable: bool | None = True) -> None:
+        """Switch merging on or off. Off, the model is the plain timm model, bit for bit.
+
+        Args:
+            enable: ``None`` returns to the schedule: on after ``merge_warmup_epochs``.
+        """
+        self._forced = enable
+
+    def train(self, mode: bool = True) -> LTMModel:
+        self._read_epoch()  # an EMA copy's buffers change behind its back
+        callback = _on_mode.get(self)
+        if callback is not None:
+            callback(mode)
+        return super().train(mode)
+
+    def _read_epoch(self) -> None:
+        epochs = [merger.clusters.epoch for _, merger in self.mergers() if merger.updates]
+        known = bool(epochs) and not epochs[0].is_meta
+        self._epoch = int(epochs[0]) if known else self.merge_config.merge_warmup_epochs
+
+    def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
+        """Add zero times every LTM parameter: DistributedDataParallel wants each to have a gradient, also in warm-up."""
+        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            for _, merger in self.mergers():
+                for parameter in merger.parameters():
+                    x = x + 0.0 * parameter.sum().to(x.dtype)
+        return x

@@ -1,0 +1,333 @@
+"""Vision Transformer with Learnable Token Merging (LTM).
+
+'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's Vision Transformer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from timm_ltm.merging import Mask, MergeConfig, MergeState, TokenMerger, initial_state, num_slots, unmerge
+from timm_ltm.models._common import LTMModel, split_ltm_kwargs, with_ltm_state
+
+__all__ = ["LTMBlock", "LTMVisionTransformer", "MergeMasks"]
+
+
+class MergeMasks(NamedTuple):
+    """The masks of a batch of images, one entry per block that merges.
+
+    Attributes:
+        blocks: Their indices.
+        masks: G (B, N, P) of each, columns sum to 1.
+        accumulated: (B, H W, P) of each: the weight of every input patch in every merged token, columns sum to 1.
+        grid: (H, W) of the input's patches.
+    """
+
+    blocks: list[int]
+    masks: list[Tensor]
+    accumulated: list[Tensor]
+    grid: tuple[int, int]
+
+
+class LTMBlock(Block):
+    """timm's block, with tokens merged between attention and MLP where it has a ``merger``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.merger: TokenMerger | None = None
+        self.num_prefix_tokens = 0
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: MergeState | None = None,
+        observe: bool = False,
+    ) -> Any:
+        """timm's forward without ``state``; with it, returns the merged tokens and their state.
+
+        Args:
+            x: (B, prefix + N, D).
+            state: Of these tokens.
+            observe: Merge nothing, only show the features to the clusters' refresh.
+        """
+        if state is None or self.merger is None:
+            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return x if state is None else (x, state)
+        h = self.norm1(x)
+        z = x + self.drop_path1(self.ls1(self.attn(h)))
+        keys = self._mean_keys(h) if self.merger.needs_keys else None
+        inputs = x if self.merger.starts_mask else None
+        if observe:
+            with torch.no_grad():
+                _, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs, observe=True)
+        else:
+            z, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs)
+        return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
+
+    def _mean_keys(self, h: Tensor) -> Tensor:
+        """Attention keys averaged over heads (B, N, K), as ToMe compares: one small product with the mean weights.
+
+        No gradient: anchors are chosen, not learned, and the sharp similarity would magnify it.
+        """
+        with torch.no_grad():
+            _, key_weight, _ = self.attn.qkv.weight.chunk(3)
+            head_dim = self.attn.head_dim
+            weight = key_weight.unflatten(0, (-1, head_dim)).mean(dim=0)  # (heads K) D -> K D
+            bias = self.attn.qkv.bias
+            if bias is not None:
+                bias = bias.chunk(3)[1].unflatten(0, (-1, head_dim)).mean(dim=0)
+            return F.linear(h, weight, bias)
+
+
+class LTMVisionTransformer(LTMModel, VisionTransformer):
+    """timm's Vision Transformer with Learnable Token Merging.
+
+    Args:
+        *args: As timm's.
+        **kwargs: As timm's, and every field of :class:`timm_ltm.merging.MergeConfig`; ``preset="paper"`` is the paper's
+            own form.
+
+    Raises:
+        ValueError: A setting is out of range, or timm's ``block_fn`` is not the one LTM merges in.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
+        self_config = MergeConfig.from_kwargs(**ltm_kwargs)
+        block_fn = kwargs.pop("block_fn", LTMBlock)
+        if block_fn is Block:
+            block_fn = LTMBlock
+        if not issubclass(block_fn, LTMBlock):
+            raise ValueError(
+                f"block_fn: got {block_fn.__name__}, expected timm's Block or a subclass of LTMBlock. LTM merges between "
+                "attention and MLP; leave block_fn out, or subclass LTMBlock."
+            )
+        super().__init__(*args, block_fn=block_fn, **kwargs)
+        self.merge_config = self_config
+        self._add_mergers({name: kwargs.get(name) for name in ("device", "dtype")})
+        self._finish_ltm(ltm_kwargs)
+
+    def _add_mergers(self, dd: dict[str, Any]) -> None:
+        """After timm's own initialisation, so that its random numbers are those of the plain model."""
+        tokens, first = self.patch_embed.num_patches, True
+        for block, ratio in zip(self.blocks, self.merge_config.ratios_for(len(self.blocks)), strict=True):
+            block.num_prefix_tokens = self.num_prefix_tokens
+            slots = num_slots(tokens, ratio)
+            if slots < tokens:
+                block.merger = TokenMerger(
+                    self.embed_dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
+                )
+                first = False
+            tokens = slots
+
+    def _check_plain(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if self.merging and (attn_mask is not None or is_causal):
+            raise ValueError(
+                "attn_mask or is_causal: got one with merging on, expected neither: a mask over N tokens does not fit "
+                "merged ones. Call model.set_merging(False) first."
+            )
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """timm's steps in front of the blocks, and the grid (H, W) of patches."""
+        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        return self.norm_pre(x), grid
+
+    def _initial_state(self, x: Tensor, grid: tuple[int, int], trace: list[Mask] | None = None) -> MergeState:
+        return initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, trace)
+
+    def _run(self, block: nn.Module, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(block, x, None, False, state, observe)
+        return block(x, None, False, state, observe)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """timm's, with tokens merged: (B, prefix + P, D). Merging off, it is timm's."""
+        self._check_plain(attn_mask, is_causal)
+        observe = not self.merging and self.collecting and self.training and attn_mask is None and not is_causal
+        if not self.merging and not observe:
+            x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self._keep_parameters_in_graph(x)
+        x, grid = self._embed(x)
+        state = self._initial_state(x, grid)
+        for block in self.blocks:
+            x, state = self._run(block, x, state, observe)
+        x = self.norm(x)
+        return self._keep_parameters_in_graph(x) if observe else x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's, on the input's patch grid: merged tokens are put back where they came from.
+
+        The final features are merged ones, as those of :meth:`forward_features`.
+        """
+        self._check_plain(attn_mask, is_causal)
+        if not self.merging:
+            return super().forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
+                attn_mask, is_causal,
+            )  # fmt: skip
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'.")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        trace: list[Mask] = []
+        state, back, seen = self._initial_state(x, grid, trace), None, 0
+        maps, prefixes = [], []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            x, state = self._run(block, x, state)
+            for mask in trace[seen:]:
+                back = mask.destinations() if back is None else back @ mask.destinations()  # B (H W) P
+            seen = len(trace)
+            if i in take_indices:
+                y = self.norm(x) if norm else x
+                prefixes.append(y[:, : self.num_prefix_tokens])
+                y = y[:, self.num_prefix_tokens :]
+                y = y if back is None else unmerge(y, back)
+                maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens and self.num_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        if return_prefix_tokens and self.num_prefix_tokens:
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    @torch.jit.ignore
+    def forward_masks(self, x: Tensor) -> MergeMasks:
+        """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the patch grid.
+
+        Merges whether merging is on or not: a model in warm-up shows what it would do.
+        """
+        blocks = [i for i, block in enumerate(self.blocks) if block.merger is not None]
+        x, grid = self._embed(x)
+        trace: list[Mask] = []
+        state = self._initial_state(x, grid, trace)
+        for block in self.blocks:
+            x, state = block(x, state=state)
+        masks = [mask.dense() for mask in trace]
+        accumulated = masks[:1]
+        for mask in masks[1:]:
+            accumulated.append(accumulated[-1] @ mask)  # B (H W) N @ B N P
+        return MergeMasks(blocks, masks, accumulated, grid)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        for _, merger in self.mergers():
+            merger.reset_classes(num_classes)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        before = self.patch_embed.num_patches
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.patch_embed.num_patches != before and any(merger.tied for _, merger in self.mergers()):
+            raise ValueError(
+                f"img_size: got {img_size}, {self.patch_embed.num_patches} patches, expected {before}: cluster_grid=None,"
+                " a first mask f(X) or mask_mode='batch' tie a model to one input size. Create it with this img_size."
+            )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_INCEPTION_MEAN,
+        "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+# The weights are the plain model's; the merging starts from them without training.
+default_cfgs = generate_default_cfgs(
+    {
+        "ltm_vit_tiny_patch16_224.augreg_in21k_ft_in1k": _cfg(
+            hf_hub_id="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        ),
+        "ltm_vit_small_patch16_224.augreg_in21k_ft_in1k": _cfg(
+            hf_hub_id="timm/vit_small_patch16_224.augreg_in21k_ft_in1k"
+        ),
+        "ltm_vit_base_patch16_224.augreg2_in21k_ft_in1k": _cfg(
+            hf_hub_id="timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
+        ),
+        "ltm_vit_base_patch16_224.augreg_in21k_ft_in1k": _cfg(
+            hf_hub_id="timm/vit_base_patch16_224.augreg_in21k_ft_in1k"
+        ),
+        "ltm_vit_test.r160_in1k": _cfg(
+            hf_hub_id="timm/test_vit.r160_in1k", input_size=(3, 160, 160), crop_pct=0.95
+        ),
+    }
+)
+
+
+def _filter(state_dict: dict[str, Any], model: LTMVisionTransformer) -> dict[str, Any]:
+    return with_ltm_state(checkpoint_filter_fn(state_dict, model), model)
+
+
+def _create_ltm_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        LTMVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_filter,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def ltm_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
+    """LTM on ViT-Tiny (Vit-Ti/16)."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return _create_ltm_vit("ltm_vit_tiny_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ltm_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
+    """LTM on ViT-Small (ViT-S/16). The paper's Table 1: 3.7 GFLOPs, 23.0 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_ltm_vit("ltm_vit_small_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ltm_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
+    """LTM on ViT-Base (ViT-B/16). The paper's Table 2: 12.85 GFLOPs, 90.4 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    return _create_ltm_vit("ltm_vit_base_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ltm_vit_test(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
+    """LTM on timm's ``test_vit``: tiny, for tests."""
+    model_args = dict(patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, dynamic_img_size=True)
+    return _create_ltm_vit("ltm_vit_test", pretrained=pretrained, **dict(model_args, **kwargs))
