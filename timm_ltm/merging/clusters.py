@@ -30,9 +30,9 @@ _SCALE_FLOOR = 1e-4  # below this, clusters tell nothing of the class and the di
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     """(n, F), (A, F) -> (n, A)."""
-    return (
-        x.square().sum(dim=1, keepdim=True) - 2.0 * x @ centroids.t() + centroids.square().sum(dim=1)
-    ).clamp_min(0.0)
+    return (x.square().sum(dim=1, keepdim=True) - 2.0 * x @ centroids.t() + centroids.square().sum(dim=1)).clamp_min(
+        0.0
+    )
 
 
 def kmeans_plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:

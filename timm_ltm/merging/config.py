@@ -96,7 +96,9 @@ class MergeConfig:
     def __post_init__(self) -> None:
         for ratio in self.ratios:
             if not (isinstance(ratio, (int, float)) and 0.0 < ratio <= 1.0):
-                raise _error("compression_ratio", ratio, "numbers in (0, 1]", "Use 1.0 for a block that must not merge.")
+                raise _error(
+                    "compression_ratio", ratio, "numbers in (0, 1]", "Use 1.0 for a block that must not merge."
+                )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise _error(name, getattr(self, name), f"one of {choices}", "Choose one of these.")
@@ -108,7 +110,9 @@ class MergeConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise _error(name, getattr(self, name), "1 or more, or None", "Leave it out for the default.")
         if self.temperature != "fit" and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
-            raise _error("temperature", self.temperature, "'fit' or a number above 0", "Leave it out to have it fitted.")
+            raise _error(
+                "temperature", self.temperature, "'fit' or a number above 0", "Leave it out to have it fitted."
+            )
         for name in ("beta", "tau", "eta"):
             if not getattr(self, name) > 0:
                 raise _error(name, getattr(self, name), "a number above 0", "update=False turns the update off.")
@@ -117,7 +121,9 @@ class MergeConfig:
         if self.mask_form == "anchored" and self.first_mask != "anchors":
             raise _error("first_mask", self.first_mask, "'anchors' with mask_form='anchored'", "Set mask_form='dense'.")
         if self.mask_form == "anchored" and self.mask_softmax != "slots":
-            raise _error("mask_softmax", self.mask_softmax, "'slots' with mask_form='anchored'", "Set mask_form='dense'.")
+            raise _error(
+                "mask_softmax", self.mask_softmax, "'slots' with mask_form='anchored'", "Set mask_form='dense'."
+            )
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -154,9 +154,9 @@ def anchored_mask(
     if update_own is None or update_rest is None:
         to = similarity.softmax(dim=2)
         merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)
-        return AnchoredMask(order, size_own / merged_size, size_rest.unsqueeze(2) * to / merged_size.unsqueeze(1), to), (
-            merged_size
-        )
+        return AnchoredMask(
+            order, size_own / merged_size, size_rest.unsqueeze(2) * to / merged_size.unsqueeze(1), to
+        ), (merged_size)
     update_own, update_rest = update_own.clamp(-_BOUND, _BOUND), update_rest.clamp(-_BOUND, _BOUND)
     to = (similarity + update_rest).softmax(dim=2)
     merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)

@@ -173,7 +173,7 @@ class TokenMerger(nn.Module):
         """
         N = z.shape[1] - num_prefix
         P = self.num_slots if self.tied else num_slots(N, self.ratio)
-        if self.tied and N != self.num_tokens and not observe:
+        if self.tied and self.num_tokens != N and not observe:
             raise ValueError(
                 f"got {N} tokens, expected {self.num_tokens}: cluster_grid=None, first_mask={self.config.first_mask!r} "
                 f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "

@@ -18,7 +18,6 @@ One letter per axis: B batch, A clusters, K classes, F features of what is clust
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["assign", "cluster_scores", "direction", "mask_update", "pool_slots", "posterior_scores"]
