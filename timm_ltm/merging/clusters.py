@@ -87,7 +87,7 @@ def fit_temperature(x: Tensor, centroids: Tensor, target: float = 0.5, iteration
 
 
 class Clusters(nn.Module):
-    """What a forward pass needs of clusters and Q: persistent buffers, so that checkpoints, EMA and Hub files carry them.
+    """What a forward pass needs of clusters and Q: persistent buffers, which checkpoints, EMA and Hub files carry.
 
     Before the first refresh the centroids are zero, and with them the direction: the update does nothing yet.
 
@@ -270,7 +270,7 @@ class RunningClusters:
         return report
 
     def _move_centroids(self, x: Tensor, first: bool) -> Tensor:
-        """One Lloyd iteration, k-means++ the first time; clusters without members are seeded anew. Returns which (A,)."""
+        """One Lloyd iteration, k-means++ the first time. Clusters without members are seeded anew: which, (A,)."""
         clusters = self.clusters
         if first:
             generator = torch.Generator().manual_seed(self.seed)

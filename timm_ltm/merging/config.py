@@ -52,8 +52,8 @@ class MergeConfig:
         cluster_grid: g, slots are pooled by position onto g x g cells before clustering. ``None``: one cell per slot.
         mask_form: ``"anchored"``: P tokens keep their slot, the other N - P are handed out (a sparse mask).
             ``"dense"``: every entry of the N x P mask is computed.
-        mask_softmax: What a dense mask is normalised over. ``"slots"``: a token hands out its whole weight, then columns
-            are scaled to sum to 1. ``"tokens"``: softmax over the N tokens of each slot, as in the paper.
+        mask_softmax: What a dense mask is normalised over. ``"slots"``: a token hands out its whole weight, then
+            columns are scaled to sum to 1. ``"tokens"``: softmax over the N tokens of each slot, as in the paper.
         first_mask: ``"anchors"``: similarity to the slots' anchors. ``"learned"``: sigmoid(f(X)) / tau.
             ``"printed"``: sigmoid(f(X / tau)), as in the paper. The last two need ``mask_form="dense"``.
         carry_mask: Start a block's mask from that of the block before it (Eq. 2).

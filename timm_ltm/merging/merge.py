@@ -136,8 +136,8 @@ def anchored_mask(
 ) -> tuple[AnchoredMask, Tensor]:
     """Each anchor keeps its slot; every other token hands out its whole weight over the slots.
 
-    ``to = softmax_p(similarity + u)``, weights ``size * to * exp(u)``, scaled so that each column sums to 1: the update u
-    decides where a token goes and how much it counts there.
+    ``to = softmax_p(similarity + u)``, weights ``size * to * exp(u)``, columns scaled to sum to 1: the update u decides
+    where a token goes and how much it counts there.
 
     Args:
         order: (B, N) from :func:`order_by_redundancy`.

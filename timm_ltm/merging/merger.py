@@ -340,7 +340,7 @@ class TokenMerger(nn.Module):
             return mask, size, slot_cells, carried
 
     def _first_logits(self, X: Tensor | None) -> Tensor:
-        """f(X): (B, N, P). ``"printed"`` is Section 3.1's f(X / tau); dividing inside the sigmoid sparsifies nothing."""
+        """f(X) (B, N, P). ``"printed"`` is Section 3.1's f(X / tau), whose tau inside the sigmoid sparsifies nothing."""
         assert X is not None, "f(X) needs the block's input"
         if self.config.first_mask == "printed":
             return self.mask_fc(X / self.config.tau).sigmoid()

@@ -89,7 +89,7 @@ class LTMModel(nn.Module):
         self._epoch = int(epochs[0]) if known else self.merge_config.merge_warmup_epochs
 
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
-        """Add zero times every LTM parameter: DistributedDataParallel wants each to have a gradient, also in warm-up."""
+        """Add zero times every LTM parameter: DistributedDataParallel wants gradients of all, also in warm-up."""
         if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
             for _, merger in self.mergers():
                 for parameter in merger.parameters():

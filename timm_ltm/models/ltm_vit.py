@@ -109,8 +109,8 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
             block_fn = LTMBlock
         if not issubclass(block_fn, LTMBlock):
             raise ValueError(
-                f"block_fn: got {block_fn.__name__}, expected timm's Block or a subclass of LTMBlock. LTM merges between "
-                "attention and MLP; leave block_fn out, or subclass LTMBlock."
+                f"block_fn: got {block_fn.__name__}, expected timm's Block or a subclass of LTMBlock. LTM merges "
+                "between attention and MLP; leave block_fn out, or subclass LTMBlock."
             )
         super().__init__(*args, block_fn=block_fn, **kwargs)
         self.merge_config = self_config
@@ -245,8 +245,8 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         if self.patch_embed.num_patches != before and any(merger.tied for _, merger in self.mergers()):
             raise ValueError(
-                f"img_size: got {img_size}, {self.patch_embed.num_patches} patches, expected {before}: cluster_grid=None,"
-                " a first mask f(X) or mask_mode='batch' tie a model to one input size. Create it with this img_size."
+                f"img_size: got {img_size}, {self.patch_embed.num_patches} patches, expected {before}: "
+                "cluster_grid=None, a first mask f(X) or mask_mode='batch' tie a model to one input size. Create it with this img_size."
             )
 
 
