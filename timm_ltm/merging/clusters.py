@@ -101,7 +101,6 @@ class Clusters(nn.Module):
         centroids: C (A, F).
         temperature: T.
         scores: R (A, A), times the update's scale.
-        epoch: Epochs of training behind.
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class Clusters(nn.Module):
         self.register_buffer("temperature", torch.ones((), **dd))
         self.register_buffer("scores", torch.zeros(num_clusters, num_clusters, **dd))
         self.register_buffer("log_q", torch.zeros(num_clusters, num_classes, **dd) if true_labels else None)
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))
 
     def reset_parameters(self) -> None:
         """Back to the state before the first refresh."""
@@ -181,8 +179,8 @@ class RunningClusters:
         self.size, self.seed = reservoir, seed
         self.clear()
 
-    def clear(self) -> None:
-        """Forget the epoch's sums."""
+    def clear(self, epoch: int = 0) -> None:
+        """Forget the sums; ``epoch`` numbers the one that begins, so that a resumed run draws as one never stopped."""
         A, F_ = self.clusters.centroids.shape
         device = self.clusters.centroids.device
         self.sums = torch.zeros(A, F_, device=device)
@@ -193,7 +191,7 @@ class RunningClusters:
         self.labels = torch.zeros(self.size + 1, self.num_classes, device=device)
         self.seen = 0
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
-        self.generator = torch.Generator().manual_seed(self.seed + int(self.clusters.epoch))
+        self.generator = torch.Generator().manual_seed(1000003 * self.seed + epoch)
 
     @torch.no_grad()
     def add(self, x: Tensor, labels: Tensor) -> None:
@@ -242,7 +240,7 @@ class RunningClusters:
 
     @torch.no_grad()
     def commit(self) -> dict[str, float]:
-        """Refresh C, T and R (or log Q) from the epoch's sums, then :meth:`clear`.
+        """Refresh C, T and R (or log Q) from the epoch's sums. :meth:`clear` is the caller's.
 
         Returns:
             ``features``: how many were kept, ``entropy``: mean entropy of phi over log A, ``skipped``, ``reseeded``.
@@ -262,11 +260,9 @@ class RunningClusters:
             self._commit_q(x, phi, labels, reseeded, first)
             report["reseeded"] = float(reseeded.sum()) * (not first)
             report["entropy"] = float(mean_entropy(phi)) / math.log(phi.shape[1])
-        clusters.epoch += 1
         for buffer in clusters.buffers():  # processes agree to the bit
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.broadcast(buffer, 0)
-        self.clear()
         return report
 
     def _move_centroids(self, x: Tensor, first: bool) -> Tensor:

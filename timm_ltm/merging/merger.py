@@ -128,6 +128,7 @@ class TokenMerger(nn.Module):
             running = (num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
             running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
             self.register_buffer("running_update", running_update)
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))  # epochs of training behind
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -340,7 +341,7 @@ class TokenMerger(nn.Module):
             return mask, size, slot_cells, carried
 
     def _first_logits(self, X: Tensor | None) -> Tensor:
-        """f(X) (B, N, P). ``"printed"`` is Section 3.1's f(X / tau), whose tau inside the sigmoid sparsifies nothing."""
+        """f(X) (B, N, P). ``"printed"`` is Section 3.1's f(X / tau); inside the sigmoid tau sparsifies nothing."""
         assert X is not None, "f(X) needs the block's input"
         if self.config.first_mask == "printed":
             return self.mask_fc(X / self.config.tau).sigmoid()

@@ -47,6 +47,7 @@ class LTMModel(nn.Module):
     def _finish_ltm(self, ltm_kwargs: dict[str, Any]) -> None:
         self.ltm_args = dict(ltm_kwargs)
         self._forced: bool | None = None
+        self._epoch, self._merging = 0, False
         self._read_epoch()
         self.register_load_state_dict_post_hook(lambda module, _: module._read_epoch())
         for callback in _on_created:
@@ -66,7 +67,7 @@ class LTMModel(nn.Module):
     @property
     def merging(self) -> bool:
         """Whether a forward pass merges now."""
-        return self._epoch >= self.merge_config.merge_warmup_epochs if self._forced is None else self._forced
+        return self._merging
 
     def set_merging(self, enable: bool | None = True) -> None:
         """Switch merging on or off. Off, the model is the plain timm model, bit for bit.
@@ -75,6 +76,7 @@ class LTMModel(nn.Module):
             enable: ``None`` returns to the schedule: on after ``merge_warmup_epochs``.
         """
         self._forced = enable
+        self._read_epoch()
 
     def train(self, mode: bool = True) -> LTMModel:
         self._read_epoch()  # an EMA copy's buffers change behind its back
@@ -84,9 +86,12 @@ class LTMModel(nn.Module):
         return super().train(mode)
 
     def _read_epoch(self) -> None:
-        epochs = [merger.clusters.epoch for _, merger in self.mergers() if merger.updates]
-        known = bool(epochs) and not epochs[0].is_meta
-        self._epoch = int(epochs[0]) if known else self.merge_config.merge_warmup_epochs
+        epoch = next((merger.epoch for _, merger in self.mergers()), None)
+        if epoch is not None and not epoch.is_meta:
+            self._epoch = int(epoch)
+        # a plain flag: torch.compile would compile anew for every value of a counter
+        after_warmup = self._epoch >= self.merge_config.merge_warmup_epochs
+        self._merging = after_warmup if self._forced is None else self._forced
 
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
         """Add zero times every LTM parameter: DistributedDataParallel wants gradients of all, also in warm-up."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -241,13 +242,16 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
             merger.reset_classes(num_classes)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        before = self.patch_embed.num_patches
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        if self.patch_embed.num_patches != before and any(merger.tied for _, merger in self.mergers()):
+        now = self.patch_embed.img_size, self.patch_embed.patch_size
+        new = tuple(
+            to_2tuple(was if size is None else size) for size, was in zip((img_size, patch_size), now, strict=True)
+        )
+        if new != now and any(merger.tied for _, merger in self.mergers()):
             raise ValueError(
-                f"img_size: got {img_size}, {self.patch_embed.num_patches} patches, expected {before}: "
-                "cluster_grid=None, a first mask f(X) or mask_mode='batch' tie a model to one input size. Create it with this img_size."
+                f"img_size, patch_size: got {new}, expected {now}: cluster_grid=None, a first mask f(X) or "
+                "mask_mode='batch' tie a model to one input size. Create it with these sizes."
             )
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,222 @@
+"""Training with LTM: clusters and Q collected while training, committed at each epoch's end (Algorithm 1, line 11).
+
+:class:`ClusterRefresh` serves anybody's loop. Under timm's own ``train.py`` nothing has to be called: an LTM model that
+becomes part of a :class:`timm.task.TrainingTask` gets its refresh by itself, from the task's forward calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from timm_ltm.merging import RunningClusters
+from timm_ltm.models import _common
+from timm_ltm.models._common import LTMModel
+
+__all__ = ["ClusterRefresh"]
+
+_logger = logging.getLogger(__name__)
+
+
+class ClusterRefresh:
+    """Collects features and labels while an LTM model trains, and refreshes its clusters and Q once per epoch.
+
+    .. code-block:: python
+
+        refresh = timm_ltm.ClusterRefresh(model)
+        for epoch in range(epochs):
+            model.train()
+            for images, targets in loader:
+                loss = criterion(model(images), targets)
+                ...
+                refresh.step(targets)
+            refresh.epoch_end()
+
+    Counts epochs too: a model with ``merge_warmup_epochs`` begins to merge when that many have ended. In the last epoch
+    of warm-up features are collected, so that the first merged epoch starts with clusters.
+
+    Args:
+        model: An LTM model, or a module that holds exactly one (DistributedDataParallel, a compiled module).
+        num_classes: K; the model's own if not given.
+        reservoir: Features kept per block to initialise clusters, to re-seed them and to fit T.
+        seed: Of the reservoir and of k-means++. The training's random numbers are not touched.
+
+    Raises:
+        ValueError: There is no LTM model in ``model``, or the number of classes is unknown.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int | None = None, reservoir: int = 2048, seed: int = 0) -> None:
+        models = [module for module in model.modules() if isinstance(module, LTMModel)]
+        if len(models) != 1:
+            raise ValueError(f"model: got {len(models)} LTM models in {type(model).__name__}, expected one.")
+        self.model = models[0]
+        K = self.model.num_classes if num_classes is None else num_classes
+        if K < 1:
+            raise ValueError(f"num_classes: got {K}, expected 1 or more. Give the number of classes of the targets.")
+        config = self.model.merge_config
+        self.num_classes = K
+        self.running = {
+            name: RunningClusters(
+                merger.clusters,
+                K,
+                temperature=config.temperature,
+                normalize=config.update_scale == "normalized",
+                reservoir=reservoir,
+                seed=seed + index,
+            )
+            for index, (name, merger) in enumerate(self.model.mergers())
+            if merger.updates
+        }
+        self.mergers = dict(self.model.mergers())
+        self.steps = 0  # training batches in this epoch
+        self.skipped = 0  # images in all, left out for features that were not finite
+        self.report: dict[str, dict[str, float]] = {}
+        _pending.discard(self.model)
+        _release()
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Collect in merged epochs and in the last one of warm-up."""
+        self.steps = 0
+        self.model._read_epoch()
+        wanted = self.model.epoch + 1 >= self.model.merge_config.merge_warmup_epochs
+        self.model.collecting = wanted
+        for name, merger in self.mergers.items():
+            merger.collecting = wanted and name in self.running
+            merger.features = merger.labels = None
+        for running in self.running.values():
+            running.clear(self.model.epoch)
+
+    def labels(self, targets: Tensor) -> None:
+        """Before each forward pass: the labels that the literal Eq. 3 reads (``labels="true"``)."""
+        if self.model.merge_config.labels == "true":
+            for name in self.running:
+                self.mergers[name].labels = targets
+
+    @torch.no_grad()
+    def step(self, targets: Tensor) -> None:
+        """After the forward pass of a training batch.
+
+        Args:
+            targets: (B,) class indices, or (B, K) soft labels (Mixup, CutMix).
+
+        Raises:
+            ValueError: The targets do not fit the batch or the number of classes.
+        """
+        self.steps += 1
+        one_hot = self._one_hot(targets) if self.model.collecting else None
+        for name, running in self.running.items():
+            merger = self.mergers[name]
+            features, merger.features = merger.features, None
+            if features is None or one_hot is None:
+                continue
+            if len(features) != len(one_hot):
+                raise ValueError(
+                    f"targets: got {len(one_hot)} for {len(features)} images. Call step once after each forward pass."
+                )
+            running.add(features, one_hot)
+
+    def _one_hot(self, targets: Tensor) -> Tensor:
+        if targets.ndim == 2 and targets.shape[1] == self.num_classes:
+            return targets.float()
+        if targets.ndim == 1 and not targets.is_floating_point():
+            return F.one_hot(targets, self.num_classes).float()
+        raise ValueError(
+            f"targets: got shape {tuple(targets.shape)} of {targets.dtype}, expected (B,) class indices or "
+            f"(B, {self.num_classes}) soft labels."
+        )
+
+    def epoch_end(self) -> dict[str, dict[str, float]]:
+        """Commit C, T, R and the epoch counter. Under torch.distributed every process must call it.
+
+        Returns:
+            For each block that merges: ``features``, ``entropy`` (mean entropy of phi over log A), ``skipped``,
+            ``reseeded``.
+        """
+        collected = self.running.items() if self.model.collecting else ()
+        self.report = {name: running.commit() for name, running in collected}
+        for merger in self.mergers.values():
+            merger.epoch += 1
+        skipped = int(max((report["skipped"] for report in self.report.values()), default=0))
+        if skipped and not self.skipped:
+            warnings.warn(
+                f"{skipped} images had features that are not finite; they were left out of the clusters' refresh.",
+                stacklevel=2,
+            )
+        self.skipped += skipped
+        self._begin_epoch()
+        _logger.debug("clusters refreshed: %s", self.report)
+        return self.report
+
+    def attach(self, task: nn.Module) -> None:
+        """Be called by a timm task: targets from its forward calls, epochs from the model's train() and eval().
+
+        The commit falls on the first train() or eval() after a training batch, so that what is validated and saved at
+        an epoch's end has the epoch's clusters.
+        """
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.model.training:
+                self.labels(_target(args, kwargs))
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.model.training:
+                self.step(_target(args, kwargs))
+
+        task.register_forward_pre_hook(before, with_kwargs=True)
+        task.register_forward_hook(after, with_kwargs=True)
+        refresh = weakref.ref(self)  # the task's hooks keep it alive, and with it the model
+
+        def on_mode(_: bool) -> None:
+            alive = refresh()
+            if alive is not None and alive.steps:
+                alive.epoch_end()
+
+        _common._on_mode[self.model] = on_mode
+
+
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["target"] if "target" in kwargs else args[1]
+
+
+# An LTM model waits here until it becomes part of a timm task. The hook that watches for it is called when modules are
+# assigned to modules, never in a forward pass, and is there only while a model waits.
+_pending: weakref.WeakSet[LTMModel] = weakref.WeakSet()
+_hook: Any = None
+
+
+def _wait(model: LTMModel) -> None:
+    global _hook
+    weakref.finalize(model, _release)  # before the set's own callback, which runs first then
+    _pending.add(model)
+    if _hook is None:
+        _hook = register_module_module_registration_hook(_watch)
+
+
+def _release() -> None:
+    global _hook
+    if _hook is not None and not len(_pending):
+        _hook.remove()
+        _hook = None
+
+
+def _watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if not isinstance(parent, TrainingTask) or child is None:
+        return
+    for model in [module for module in child.modules() if module in _pending]:
+        if model.num_classes > 0:
+            ClusterRefresh(model).attach(parent)
+            _logger.info("ClusterRefresh attached to %s.", type(parent).__name__)
+        _pending.discard(model)
+    _release()
+
+
+_common._on_created.append(_wait)
