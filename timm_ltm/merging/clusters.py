@@ -36,21 +36,23 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def kmeans_plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:
-    """Initial centroids (A, F) among the features (n, F): each is drawn in proportion to its squared distance.
+    """Initial centroids (A, F) among the features (n, F), drawn in proportion to their squared distance.
 
-    With fewer distinct features than clusters, features repeat.
+    Greedy, as scikit-learn's: of 2 + log A draws the one that leaves the smallest distances is taken. With fewer
+    distinct features than clusters, features repeat.
     """
-    n = x.shape[0]
-    first = torch.randint(n, (1,), generator=generator)
-    chosen = [x[first]]
-    nearest = squared_distances(x, chosen[0]).squeeze(1)
+    trials = 2 + int(math.log(num_clusters))
+    chosen = [x[torch.randint(len(x), (1,), generator=generator)]]
+    nearest = squared_distances(x, chosen[0])  # n 1
     for _ in range(num_clusters - 1):
-        probability = nearest.double().cpu()
+        probability = nearest.squeeze(1).double().cpu()
         if probability.sum() <= 0:
-            probability = torch.ones(n, dtype=torch.double)
-        index = torch.multinomial(probability, 1, generator=generator)
-        chosen.append(x[index])
-        nearest = torch.minimum(nearest, squared_distances(x, chosen[-1]).squeeze(1))
+            probability = torch.ones_like(probability)
+        candidates = x[torch.multinomial(probability, trials, replacement=True, generator=generator)]
+        left = torch.minimum(nearest, squared_distances(x, candidates))  # n trials
+        best = left.sum(dim=0).argmin()
+        chosen.append(candidates[best].unsqueeze(0))
+        nearest = left[:, best].unsqueeze(1)
     return torch.cat(chosen)
 
 
