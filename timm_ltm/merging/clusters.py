@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ltm.merging.information import class_conditional
-from timm_ltm.merging.update import assign, cluster_scores, direction, posterior_scores
+from timm_ltm.merging.update import assign, at_least_float32, cluster_scores, direction, posterior_scores
 
 __all__ = ["Clusters", "RunningClusters", "fit_temperature", "kmeans", "kmeans_plus_plus", "mean_entropy"]
 
@@ -128,14 +128,20 @@ class Clusters(nn.Module):
         self.temperature.fill_(1.0)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """dir of pooled features x (B, F) -> (B, F), in float32. ``labels`` (B,) for the literal Eq. 3 only."""
-        x = x.float()
-        centroids = self.centroids.float()
-        phi = assign(x, centroids, self.temperature.float())
+        """dir of pooled features x (B, F) -> (B, F), in float32 or more.
+
+        Args:
+            x: (B, F).
+            labels: (B,) or (B, K), for the literal Eq. 3 only.
+        """
+        x = at_least_float32(x)
+        centroids = self.centroids.to(x.dtype)
+        phi = assign(x, centroids, self.temperature.to(x.dtype))
         if labels is not None and self.log_q is not None:
-            w = self.log_q.float().t()[labels] if labels.ndim == 1 else labels.float() @ self.log_q.float().t()
+            log_q = self.log_q.to(x.dtype).t()  # K A
+            w = log_q[labels] if labels.ndim == 1 else labels.to(x.dtype) @ log_q
         else:
-            w = posterior_scores(phi, self.scores.float())
+            w = posterior_scores(phi, self.scores.to(x.dtype))
         return direction(phi, w, centroids)
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from timm_ltm.merging.merge import (
     take,
     take_columns,
 )
-from timm_ltm.merging.update import mask_update, pool_slots
+from timm_ltm.merging.update import at_least_float32, mask_update, pool_slots
 
 __all__ = ["MergeState", "TokenMerger", "grid_cells", "initial_state"]
 
@@ -63,7 +63,7 @@ def initial_state(
         cells: g, or None where nothing is pooled.
     """
     B, N = x.shape[0], x.shape[1] - num_prefix
-    size = torch.ones(B, N, device=x.device)
+    size = at_least_float32(x.new_ones(B, N))
     if cells is None:
         return MergeState(size, size.new_zeros(B, N, 0), trace=trace)
     height, width = grid if grid[0] * grid[1] == N else (N, 1)
@@ -181,8 +181,10 @@ class TokenMerger(nn.Module):
                 "img_size, or with settings that are not tied to one."
             )
         patches = slice(num_prefix, None)
-        with torch.autocast(z.device.type, enabled=False):  # distances and sharp softmaxes need float32
-            unit = F.normalize(keys[:, patches].float(), dim=2) if keys is not None else None
+        unit = None
+        if self.needs_keys:
+            assert keys is not None, "anchors are compared by attention keys"
+            unit = F.normalize(at_least_float32(keys[:, patches]), dim=2)
         if self.config.mask_form == "anchored":
             mask, size, cells, carried = self._anchored(z, state, num_prefix, P, unit, observe)
         else:
@@ -232,8 +234,8 @@ class TokenMerger(nn.Module):
     @property
     def _step(self) -> Tensor:
         """2 eta / T of Eq. 3, or eta where R has the rest in it."""
-        eta = self.eta.float()
-        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.float()
+        eta = at_least_float32(self.eta)
+        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.to(eta.dtype)
 
     def _batch_mean(self, update: Tensor) -> Tensor:
         """The sum over the minibatch of Eq. 3, as a mean: of the batch in training, the running one in eval."""
@@ -257,16 +259,16 @@ class TokenMerger(nn.Module):
         cells = take(state.cells, order)
         with torch.autocast(z.device.type, enabled=False):
             unit = take(unit, order)
-            similarity = self.log_beta.float().exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
+            similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
             slot_cells = cells[:, :P]
             base, base_size = anchored_mask(order, similarity, state.size)
             if values is None or mlp is None:
                 return base, base_size, slot_cells, None
-            merged = merge_ordered(values.float(), base.own, base.rest)  # X~(G^(l-1))
+            merged = merge_ordered(at_least_float32(values), base.own, base.rest)  # X~(G^(l-1))
             of_cells, of_slots = self._slot_direction(merged, slot_cells, base_size)
             if observe:
                 return base, base_size, slot_cells, None
-            mlp = self._step * mlp.float()
+            mlp = self._step * at_least_float32(mlp)
             if self.running_update is None:
                 own, rest = (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
             else:
@@ -309,14 +311,14 @@ class TokenMerger(nn.Module):
             if unit is not None:
                 with torch.no_grad():
                     columns = order_by_redundancy(unit, P)[:, :P]
-                first = self.log_beta.float().exp() * (unit @ take(unit, columns).transpose(1, 2))
+                first = at_least_float32(self.log_beta).exp() * (unit @ take(unit, columns).transpose(1, 2))
             else:
                 # token i of this block is slot i of the last one: of unmerged tokens (warm-up), slots are the columns
                 slots = z.shape[1] - num_prefix if state.carried is None else state.carried.shape[2]
                 columns = even_columns(slots, P, device)
             previous = take_columns(state.carried, columns) if state.carried is not None else None
             if first is not None:
-                base = first.float()
+                base = at_least_float32(first)
                 mask, size = dense_mask(base, state.size, config.mask_softmax)
                 weights = mask.weights
             else:
@@ -326,11 +328,11 @@ class TokenMerger(nn.Module):
             slot_cells = take(state.cells, index)
             update = None
             if values is not None and mlp is not None:
-                features = weights.transpose(1, 2) @ values.float()  # X~(G^(l-1)) = G^T Z
+                features = weights.transpose(1, 2) @ at_least_float32(values)  # X~(G^(l-1)) = G^T Z
                 slot_size = (state.size.unsqueeze(1) @ weights).squeeze(1)
                 _, of_slots = self._slot_direction(features, slot_cells, slot_size)
                 if not observe:
-                    update = self._batch_mean(mask_update(mlp.float(), of_slots, self._step))  # Eq. 3
+                    update = self._batch_mean(mask_update(at_least_float32(mlp), of_slots, self._step))  # Eq. 3
             if config.first_mask == "anchors" and previous is not None:
                 update = previous if update is None else update + previous
             if update is not None or first is None:

@@ -18,9 +18,15 @@ One letter per axis: B batch, A clusters, K classes, F features of what is clust
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["assign", "cluster_scores", "direction", "mask_update", "pool_slots", "posterior_scores"]
+__all__ = ["assign", "at_least_float32", "cluster_scores", "direction", "mask_update", "pool_slots", "posterior_scores"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half-precision tensors in float32, others as they are: distances and sharp softmaxes need it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def assign(x: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
