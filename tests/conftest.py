@@ -1,0 +1,24 @@
+"""Seeds, threads, and the arguments that a contract's class attributes give to its tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("models.contract")
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # the models are tiny, and threads that wait for a busy core cost a hundredfold
+
+
+def pytest_generate_tests(metafunc):
+    """``sweep = {"mode": [...]}`` in a test class: its tests with an argument ``mode`` run once for each value."""
+    for name, values in getattr(metafunc.cls, "sweep", {}).items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,499 @@
+"""What every LTM model has to do. A family's tests subclass :class:`ModelContract`, as in ``test_ltm_vit.py``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import ClassVar
+
+import pytest
+import timm
+import timm.optim
+import torch
+from timm.layers import set_scriptable
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch.testing import assert_close
+
+import timm_ltm
+from timm_ltm.models._common import with_ltm_state
+
+MODES = {
+    "default": {},
+    "update_off": {"update": False},
+    "dense": {"mask_form": "dense"},
+    "dense_carry": {"mask_form": "dense", "carry_mask": True},
+    "learned": {"mask_form": "dense", "first_mask": "learned"},
+    "paper": {"preset": "paper"},
+    "carry": {"carry_mask": True},
+    "batch": {"mask_mode": "batch"},
+    "true_labels": {"labels": "true"},
+}
+
+
+def fill(model):
+    """Clusters as after a refresh: before it they are zero, and with them the update."""
+    g = torch.Generator().manual_seed(1)
+    for _, merger in model.mergers():
+        if merger.updates:
+            clusters = merger.clusters
+            for buffer in (clusters.centroids, clusters.scores, clusters.log_q, merger.running_update):
+                if buffer is not None:
+                    buffer.copy_(torch.randn(buffer.shape, generator=g))
+            clusters.temperature.fill_(clusters.centroids.shape[1] / 4)  # phi neither one-hot nor uniform
+    return model
+
+
+def set_epoch(model, epoch, training=False):
+    for _, merger in model.mergers():
+        merger.epoch.fill_(epoch)
+    return model.train(training)
+
+
+def ltm_parameters(model):
+    return {name: p for name, p in model.named_parameters() if ".merger." in name}
+
+
+class ModelContract:
+    """The tests of one family.
+
+    Attributes:
+        name: An LTM model's.
+        plain: Its plain counterpart's, in timm.
+        size: (H, W) of the images.
+        kwargs: Of both models, for speed.
+        ltm: Of the LTM model: it has to merge at ``size``.
+        shallow: Added for exporters, whose time grows with depth.
+        dropout: Everything random that the family has.
+        sweep: Values of arguments of tests of these names.
+    """
+
+    name = ""
+    plain = ""
+    size = (64, 64)
+    kwargs: ClassVar = {"num_classes": 10}
+    ltm: ClassVar = {"compression_ratio": 0.75}
+    shallow: ClassVar = {}
+    dropout: ClassVar = {"drop_rate": 0.1, "drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
+    sweep: ClassVar = {
+        "mode": list(MODES),
+        "pool": ["", "avg"],
+        "other_size": [(96, 64), (32, 48)],
+    }
+
+    def build(self, **kwargs):
+        """A model in eval mode whose update is not zero."""
+        torch.manual_seed(0)
+        return fill(timm.create_model(self.name, **{**self.kwargs, **self.ltm, **kwargs})).eval()
+
+    def build_plain(self, **kwargs):
+        torch.manual_seed(0)
+        return timm.create_model(self.plain, **{**self.kwargs, **kwargs}).eval()
+
+    def pair(self, **kwargs):
+        """An LTM model and the plain one with its weights."""
+        common = {name: value for name, value in kwargs.items() if name not in timm_ltm.models._common._LTM_ARGUMENTS}
+        model, plain = self.build(**kwargs), self.build_plain(**common)
+        with torch.no_grad():  # initial weights hide much: zero biases, equal class tokens
+            for parameter in plain.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.load_state_dict(with_ltm_state(plain.state_dict(), model), strict=True)
+        return model, plain
+
+    def images(self, batch=3, channels=3, size=None):
+        g = torch.Generator().manual_seed(2)
+        return torch.randn(batch, channels, *(size or self.size), generator=g)
+
+    # The plain model
+
+    def test_initial_weights_are_those_of_the_plain_model(self):
+        model, plain = self.build().state_dict(), self.build_plain().state_dict()
+        assert model.keys() - plain.keys() == {name for name in model if ".merger." in name}
+        for name, value in plain.items():
+            assert torch.equal(model[name], value), name
+
+    def test_plain_state_lacks_mergers_only(self):
+        model, plain = self.build(), self.build_plain()
+        missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+        assert missing
+        assert all(".merger." in name for name in missing)
+        assert not unexpected
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("off", ["set_merging", "ratio"])
+    def test_without_merging_it_is_the_plain_model(self, off, training):
+        kwargs = {"compression_ratio": 1.0} if off == "ratio" else {}
+        model, plain = self.pair(**self.dropout, **kwargs)
+        if off == "set_merging":
+            model.set_merging(False)
+        outputs = []
+        for m in (model, plain):
+            m.train(training)
+            torch.manual_seed(3)
+            outputs.append(m(self.images()))
+            outputs[-1].square().sum().backward()
+        assert torch.equal(*outputs)
+        ours = dict(model.named_parameters())
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(ours[name].grad, parameter.grad), name
+
+    def test_merging_and_the_update_change_the_output(self):
+        model, plain = self.pair()
+        x = self.images()
+        merged = model(x)
+        assert not torch.allclose(merged, plain(x), atol=1e-4)
+        for _, merger in model.mergers():
+            merger.clusters.centroids.zero_()
+        assert not torch.allclose(merged, model(x), atol=1e-6)
+        model.set_merging(False)
+        assert torch.equal(model(x), plain(x))
+        model.set_merging(None)
+        assert model.merging
+
+    def test_warmup(self):
+        model, plain = self.pair(merge_warmup_epochs=2)
+        x = self.images()
+        assert not model.merging
+        for epoch in range(4):
+            set_epoch(model, epoch)
+            assert model.epoch == epoch
+            assert torch.equal(model(x), plain(x)) == (epoch < 2)
+        fresh = self.build(merge_warmup_epochs=2)
+        fresh.load_state_dict(model.state_dict())
+        assert fresh.merging, "the epoch travels in the state dict"
+
+    # Inputs and heads
+
+    def test_forward_is_features_and_head(self):
+        model, x = self.build(), self.images()
+        features = model.forward_features(x)
+        assert_close(model.forward_head(features), model(x))
+        assert model(x).shape == (3, 10)
+        assert model.forward_head(features, pre_logits=True).shape == (3, model.head_hidden_size)
+
+    def test_no_classifier(self):
+        model, x = self.build(num_classes=0), self.images()
+        assert model(x).shape == (3, model.num_features)
+        assert_close(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+
+    def test_reset_classifier(self, pool):
+        model, plain, x = self.build(), self.build_plain(), self.images()
+        for m in (model, plain):
+            m.reset_classifier(7, pool)
+        assert model.num_classes == 7
+        assert model(x).shape[-1] == 7
+        assert model(x).ndim == plain(x).ndim
+        model.set_merging(False)
+        assert model(x).shape == plain(x).shape
+
+    def test_channels(self):
+        assert self.build(in_chans=1)(self.images(channels=1)).shape == (3, 10)
+
+    def test_other_size(self, other_size):
+        model, plain = self.pair()
+        x = self.images(size=other_size)
+        assert model(x).isfinite().all()
+        model.set_merging(False)
+        assert torch.equal(model(x), plain(x))
+
+    def test_set_input_size(self, other_size):
+        model, plain = self.pair()
+        x = self.images(size=other_size)
+        for m in (model, plain):
+            m.set_input_size(img_size=other_size)
+        assert model(x).isfinite().all()
+        model.set_merging(False)
+        assert torch.equal(model(x), plain(x))
+
+    # Features
+
+    @pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("indices", [None, 2, [0, 1]])
+    def test_forward_intermediates(self, indices, norm, output_fmt):
+        model, plain = self.pair()
+        kwargs = {"indices": indices, "norm": norm, "output_fmt": output_fmt}
+        x = self.images(size=(96, 64) if (96, 64) in self.sweep["other_size"] else None)
+        final, maps = model.forward_intermediates(x, **kwargs)
+        assert_close(final, model.forward_features(x))
+        expected = plain.forward_intermediates(x, **kwargs, intermediates_only=True)
+        assert [m.shape for m in maps] == [m.shape for m in expected], "maps are those of the input's grid"
+        for arguments in ({"intermediates_only": True}, {"intermediates_only": True, "stop_early": True}):
+            for one, other in zip(model.forward_intermediates(x, **kwargs, **arguments), maps, strict=True):
+                assert_close(one, other)
+        result = model.forward_intermediates(x, **kwargs, output_dict=True)
+        assert_close(result["image_features"], final)
+        assert_close(result["image_intermediates"], maps)
+        model.set_merging(False)
+        assert_close(model.forward_intermediates(x, **kwargs, intermediates_only=True), expected, rtol=0, atol=0)
+
+    def test_features_only(self):
+        model = self.build(features_only=True)
+        plain = self.build_plain(features_only=True)
+        assert model.feature_info.channels() == plain.feature_info.channels()
+        assert model.feature_info.reduction() == plain.feature_info.reduction()
+        maps = model(self.images())
+        assert len(maps) == len(model.feature_info)
+        for features, channels, reduction in zip(
+            maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+        ):
+            assert features.shape == (3, channels, self.size[0] // reduction, self.size[1] // reduction)
+
+    def test_prune_intermediate_layers(self):
+        model, x = self.build(), self.images()
+        kept = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+        parameters = len(list(model.parameters()))
+        assert sorted(model.prune_intermediate_layers([0, 1])) == [0, 1]
+        assert len(list(model.parameters())) < parameters
+        assert_close(model.forward_intermediates(x, indices=[0, 1], intermediates_only=True), kept)
+
+    # Training
+
+    def test_every_parameter_of_a_mode_learns(self, mode):
+        model = self.build(**MODES[mode]).train()
+        labels = torch.tensor([0, 1, 2])
+        for _, merger in model.mergers():
+            merger.labels = labels if mode in ("true_labels", "paper") else None
+        torch.nn.functional.cross_entropy(model(self.images()), labels).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        model.zero_grad()
+        features = model.forward_features(self.images())  # every token: a class token sees nothing of the last merge
+        (features * torch.randn_like(features)).sum().backward()
+        for name, parameter in ltm_parameters(model).items():
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), f"{name} has no gradient"
+
+    def test_grad_checkpointing(self):
+        model, gradients = self.build(**self.dropout).train(), []
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            model.zero_grad()
+            torch.manual_seed(3)
+            model(self.images()).square().sum().backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        assert_close(*gradients)
+
+    def test_optimizer_groups(self):
+        model, plain = self.build(), self.build_plain()
+        assert model.no_weight_decay() == plain.no_weight_decay()
+        optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.75)
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        assert len(group_of) == len(list(model.parameters()))
+        scales = {name: group_of[id(p)]["lr_scale"] for name, p in model.named_parameters()}
+        assert len(set(scales.values())) > 2
+        for name in ltm_parameters(model):
+            block = name.split("merger.")[0]
+            assert {scales[name]} == {scale for other, scale in scales.items() if other.startswith(block)}, name
+            decay = group_of[id(dict(model.named_parameters())[name])]["weight_decay"]
+            assert (decay > 0) == (dict(model.named_parameters())[name].ndim > 1), name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision(self, dtype):
+        model, x = self.build(), self.images()
+        reference = model(x)
+        output = model.to(dtype)(x.to(dtype))
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+        assert (output.float() - reference).abs().max() < 0.25 * reference.abs().max()
+
+    def test_autocast(self):
+        model = self.build().train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(self.images())
+        output.float().square().sum().backward()
+        assert output.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+    # Construction and checkpoints
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_dtype_argument(self, dtype):
+        model = self.build(dtype=dtype)
+        assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {dtype}
+        output = model(self.images().to(dtype))
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+
+    def test_meta_device(self):
+        meta = timm.create_model(self.name, **self.kwargs, **self.ltm, device="meta")
+        assert all(t.is_meta for t in meta.state_dict().values())
+        real = meta.to_empty(device="cpu")
+        for tensor in real.state_dict().values():
+            tensor.fill_(77)
+        real.init_weights()
+        for name, merger in real.mergers():
+            assert_close(merger.log_beta.exp().item(), merger.config.beta, msg=f"{name}.log_beta", rtol=1e-4, atol=0)
+            assert merger.eta == merger.config.eta, f"{name}.eta"
+            assert merger.epoch == 0, f"{name}.epoch"
+            assert not merger.clusters.centroids.any()
+
+    def test_ratio_per_block(self):
+        count = len(list(self.build().mergers()))
+        model, x = self.build(compression_ratio=[1.0, 0.75] + [1.0] * (count - 2)), self.images()
+        assert len(list(model.mergers())) == 1
+        assert len(model.forward_masks(x).masks) == 1
+        assert model(x).shape == (3, 10)
+
+    @pytest.mark.parametrize(
+        ("kwargs", "got"),
+        [
+            ({"compression_ratio": 0}, "compression_ratio: got 0,"),
+            ({"compression_ratio": 1.5}, "compression_ratio: got 1.5,"),
+            ({"compression_ratio": -1}, "compression_ratio: got -1,"),
+            ({"compression_ratio": float("nan")}, "compression_ratio: got nan,"),
+            ({"compression_ratio": [0.9] * 99}, "compression_ratio: got '99 ratios'"),
+            ({"num_clusters": 1}, "num_clusters: got 1,"),
+            ({"mask_mode": "pixel"}, "mask_mode: got 'pixel'"),
+            ({"mask_form": "sparse"}, "mask_form: got 'sparse'"),
+            ({"labels": "wrong"}, "labels: got 'wrong'"),
+            ({"preset": "nature"}, "preset: got 'nature'"),
+            ({"first_mask": "learned"}, "first_mask: got 'learned'"),
+            ({"merge_warmup_epochs": -1}, "merge_warmup_epochs: got -1"),
+        ],
+    )
+    def test_bad_settings(self, kwargs, got):
+        with pytest.raises(ValueError, match=got):
+            self.build(**kwargs)
+
+    def test_checkpoint_of_other_clusters(self):
+        with pytest.raises(ValueError, match=r"centroids: .* \(64, \d+\), this model's have \(8, \d+\)"):
+            self.build(num_clusters=8).load_state_dict(self.build().state_dict())
+
+    def test_state_dict_round_trip(self, mode, tmp_path):
+        model, other, x = self.build(**MODES[mode]), self.build(**MODES[mode]), self.images()
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.mul_(1.1) if tensor.is_floating_point() else tensor.fill_(5)
+        torch.save(model.state_dict(), tmp_path / "model.pth")
+        other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
+        assert torch.equal(other(x), model(x))
+        assert other.epoch == 5
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies(self, copied):
+        model, x = self.build(), self.images()
+        other = copied(model)
+        assert torch.equal(other(x), model(x))
+        other.set_merging(False)
+        assert model.merging
+        with torch.no_grad():
+            next(iter(ltm_parameters(other).values())).zero_()
+        assert next(iter(ltm_parameters(model).values())).any()
+
+    @pytest.mark.parametrize("safe", [False, True])
+    def test_hub_round_trip(self, safe, mode, tmp_path):
+        if safe and mode != "default":
+            pytest.skip("one mode tells")
+        model, x = self.build(**MODES[mode]), self.images()
+        model.reset_classifier(7)
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=safe)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert loaded.merge_config == model.merge_config
+        assert torch.equal(loaded(x), model(x))
+
+    @pytest.mark.parametrize("classes", [10, 4])
+    @pytest.mark.parametrize("trained_with", ["plain", "ltm", "true_labels"])
+    def test_pretrained(self, trained_with, classes, tmp_path):
+        labels = MODES["true_labels"] if trained_with == "true_labels" else {}
+        source = self.build_plain() if trained_with == "plain" else self.build(**labels)
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.add_(0.1)
+        torch.save(source.state_dict(), tmp_path / "model.pth")
+        overlay = {"file": str(tmp_path / "model.pth"), "num_classes": 10}
+        kwargs = {**self.kwargs, **self.ltm, **labels, "num_classes": classes}
+        model = timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+        x = self.images()
+        model.set_merging(trained_with != "plain")
+        assert torch.equal(model.forward_features(x), source.eval().forward_features(x))
+        assert model(x).shape == (3, classes)
+        if classes == 10:
+            assert torch.equal(model(x), source(x))
+
+    def test_checkpoint_path_of_the_plain_model(self, tmp_path):
+        plain = self.build_plain()
+        torch.save(plain.state_dict(), tmp_path / "model.pth")
+        model = self.build(checkpoint_path=str(tmp_path / "model.pth"))
+        model.set_merging(False)
+        assert torch.equal(model(self.images()), plain(self.images()))
+
+    def test_registered(self):
+        assert self.name in timm.list_models("ltm_*")
+        model, plain = self.build(), self.build_plain()
+        assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(plain)
+
+    # Masks
+
+    def test_masks(self, mode):
+        model, x = self.build(**MODES[mode]), self.images()
+        masks = model.forward_masks(x)
+        patches = masks.grid[0] * masks.grid[1]
+        assert len(masks.masks) == len(masks.accumulated) == len(masks.blocks) == len(list(model.mergers()))
+        for mask, accumulated in zip(masks.masks, masks.accumulated, strict=True):
+            assert accumulated.shape == (3, patches, mask.shape[2])
+            for m in (mask, accumulated):
+                assert (m >= 0).all()
+                assert_close(m.sum(dim=1), torch.ones(3, m.shape[2]))
+        assert not torch.allclose(masks.masks[0][0], masks.masks[0][1]), "masks depend on the image"
+
+    def test_an_image_does_not_see_its_batch(self, mode):
+        model, x = self.build(**MODES[mode]), self.images(5)
+        together = model(x)
+        order = torch.tensor([3, 0, 4, 1, 2])
+        assert_close(model(x[order]), together[order], rtol=0, atol=1e-5)
+        assert_close(torch.cat([model(image[None]) for image in x]), together, rtol=0, atol=1e-5)
+
+    # Compilers and exporters
+
+    def test_compile(self):
+        model, x = self.build(**self.shallow), self.images()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(x), model(x))
+        model.train()
+        compiled(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_trace(self):
+        model, x = self.build(**self.shallow), self.images(5)
+        traced = torch.jit.trace(model, x[:1], check_trace=False)
+        for batch in (1, 5):
+            assert_close(traced(x[:batch]), model(x[:batch]))
+
+    def test_export(self):
+        model, x = self.build(**self.shallow), self.images(5)
+        batch = torch.export.Dim("batch", min=1, max=64)
+        exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)).module()
+        for batch in (1, 5):
+            assert_close(exported(x[:batch]), model(x[:batch]))
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_onnx(self, dynamo, tmp_path):
+        runtime = pytest.importorskip("onnxruntime")
+        if dynamo:
+            pytest.importorskip("onnxscript")
+        model, x = self.build(**self.shallow), self.images(5)
+        axes = {"dynamic_shapes": ({0: "batch"},)} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
+        path, names = str(tmp_path / "model.onnx"), {"input_names": ["x"], "output_names": ["y"]}
+        torch.onnx.export(model, (x[:2],), path, dynamo=dynamo, verbose=False, **names, **axes)
+        session = runtime.InferenceSession(path)
+        for batch in (1, 5):
+            (y,) = session.run(None, {"x": x[:batch].numpy()})
+            assert_close(torch.from_numpy(y), model(x[:batch]).detach(), rtol=1e-4, atol=1e-5)
+
+    def test_script(self):
+        with set_scriptable(True):
+            model = self.build(**self.shallow)
+        assert_close(torch.jit.script(model)(self.images()), model(self.images()))
+
+    def test_fx(self):
+        extraction = pytest.importorskip("torchvision.models.feature_extraction")
+        model, x = self.build(**self.shallow), self.images()
+        options = {
+            "leaf_modules": get_notrace_modules(),
+            "autowrap_functions": get_notrace_functions(),
+            "param_shapes_constant": True,
+        }
+        _, nodes = extraction.get_graph_node_names(model, tracer_kwargs=options)
+        graph = extraction.create_feature_extractor(model, return_nodes=[nodes[-1]], tracer_kwargs=options)
+        assert_close(graph(x)[nodes[-1]], model(x))
