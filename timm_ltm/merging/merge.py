@@ -215,7 +215,7 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
 def merge_ordered(x: Tensor, own: Tensor, rest: Tensor) -> Tensor:
     """The merge of tokens (B, P + M, D) that are in the mask's order already: (B, P, D)."""
     P = own.shape[1]
-    return torch.baddbmm(x[:, :P] * own.unsqueeze(2), rest.transpose(1, 2), x[:, P:])
+    return (x[:, :P] * own.unsqueeze(2)).baddbmm_(rest.transpose(1, 2), x[:, P:])
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:
