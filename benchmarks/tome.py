@@ -3,7 +3,7 @@
 'Token Merging: Your ViT But Faster', Bolya et al., ICLR 2023, written from the paper. The tokens and their order are
 those of the authors' code; gathers and sums run on flat rows, several times faster than per channel on a CPU.
 
-One letter per axis: B batch, H heads, N tokens, P = N - r tokens left, K = ceil(N / 2) - r even ones among them, D width.
+One letter per axis: B batch, H heads, N tokens, P = N - r tokens left, K = ceil(N / 2) - r even ones of them, D width.
 """
 
 from __future__ import annotations

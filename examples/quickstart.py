@@ -31,24 +31,25 @@ from timm_ltm.merging.information import class_conditional, ib_bound
 from timm_ltm.merging.update import assign
 from timm_ltm.pictures import mask_figure
 
-SHAPE = dict(img_size=8, patch_size=1, in_chans=1, num_classes=10)  # 64 tokens of one pixel
+SHAPE = dict(img_size=24, patch_size=4, in_chans=1, num_classes=10, weight_init="moco")  # 36 tokens
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (n, 1, 8, 8) with mean 0 and deviation 1, and labels: 1,437 to train on, 360 held out."""
+    """Images (n, 1, 24, 24) with mean 0 and deviation 1, and labels: 1,437 to train on, 360 held out."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=seed)
     x, x_test = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in split[:2])
+    x, x_test = (F.interpolate(part, scale_factor=3, mode="bilinear") for part in (x, x_test))
     y, y_test = (torch.tensor(part) for part in split[2:])
     mean, std = x.mean(), x.std()
     return (x - mean) / std, y, (x_test - mean) / std, y_test
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Each image moved by up to one pixel."""
-    padded = F.pad(x, (1, 1, 1, 1), value=float(x.amin()))
-    dx, dy = torch.randint(0, 3, (2, len(x), 1))
-    rows, columns = torch.arange(8) + dy, torch.arange(8) + dx  # B 8
+    """Each image moved by up to three pixels."""
+    padded = F.pad(x, (3, 3, 3, 3), value=float(x.amin()))
+    dx, dy = torch.randint(0, 7, (2, len(x), 1))
+    rows, columns = torch.arange(24) + dy, torch.arange(24) + dx  # B 24
     return padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

@@ -80,10 +80,10 @@ def test_update_is_minus_the_gradient_of_literal_ibb_of_pooled_features(shape, c
     v = make(**shape, cells=cells)
     g = torch.Generator().manual_seed(shape["seed"])
     n, P = len(v["Z"]), v["G"].shape[1]
-    membership = F.one_hot(torch.randint(cells, (n, P), generator=g), cells).double()
+    membership = torch.randint(cells, (n, P), generator=g)
     size = torch.rand(n, P, generator=g, dtype=torch.float64) + 0.5
     G = v["G"].clone().requires_grad_()
-    features, weights = pool_slots(G.t() @ v["Z"], membership, size)
+    features, weights = pool_slots(G.t() @ v["Z"], membership, cells, size)
     ibb = literal_ibb(features.flatten(1), v["C"], T, v["phi_input"], v["y"], v["log_q"])
     (gradient,) = torch.autograd.grad(ibb, G)
     phi = assign(features.detach().flatten(1), v["C"], T)

@@ -150,19 +150,16 @@ def anchored_mask(
         The mask, and the sizes (B, P) of the merged tokens. Sizes add up to those put in.
     """
     P = similarity.shape[2]
-    size_own, size_rest = size.gather(1, order).split((P, order.shape[1] - P), dim=1)
-    if update_own is None or update_rest is None:
-        to = similarity.softmax(dim=2)
-        merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)
-        return AnchoredMask(
-            order, size_own / merged_size, size_rest.unsqueeze(2) * to / merged_size.unsqueeze(1), to
-        ), (merged_size)
-    update_own, update_rest = update_own.clamp(-_BOUND, _BOUND), update_rest.clamp(-_BOUND, _BOUND)
-    to = (similarity + update_rest).softmax(dim=2)
-    merged_size = size_own + (size_rest.unsqueeze(1) @ to).squeeze(1)
-    own = size_own * update_own.exp()
-    rest = size_rest.unsqueeze(2) * to * update_rest.exp()
-    total = own + rest.sum(dim=1)
+    own, size_rest = size.gather(1, order).split((P, order.shape[1] - P), dim=1)
+    if update_rest is not None:
+        update_rest = update_rest.clamp(-_BOUND, _BOUND)
+        similarity = similarity + update_rest
+    to = similarity.softmax(dim=2)
+    rest = size_rest.unsqueeze(2) * to
+    merged_size = total = own + rest.sum(dim=1)
+    if update_own is not None and update_rest is not None:
+        own, rest = own * update_own.clamp(-_BOUND, _BOUND).exp(), rest * update_rest.exp()
+        total = own + rest.sum(dim=1)
     return AnchoredMask(order, own / total, rest / total.unsqueeze(1), to), merged_size
 
 

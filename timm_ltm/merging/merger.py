@@ -33,23 +33,22 @@ class MergeState(NamedTuple):
 
     Attributes:
         size: (B, N) how many input tokens each token stands for.
-        cells: (B, N, c) one where a token lies in a cell of the coarse grid, else zero; c is 0 where nothing is pooled.
+        cells: (B, N) the cell of the coarse grid each token lies in, None where nothing is pooled.
         carried: The previous block's mask or update (Eq. 2) with its rows merged already, if it is carried.
         trace: Masks are appended here, if they are asked for.
     """
 
     size: Tensor
-    cells: Tensor
+    cells: Tensor | None
     carried: Tensor | None = None
     trace: list[Mask] | None = None
 
 
 def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tensor:
-    """(H W, g g): which cell of a coarse g x g grid each token of an H x W grid lies in."""
+    """(H W,): the index of the cell of a coarse g x g grid in which each token of an H x W grid lies."""
     rows = torch.arange(height, device=device) * cells // height
     columns = torch.arange(width, device=device) * cells // width
-    index = rows.unsqueeze(1) * cells + columns  # H W
-    return F.one_hot(index.flatten(), cells * cells)
+    return (rows.unsqueeze(1) * cells + columns).flatten()  # H W -> (H W)
 
 
 def initial_state(
@@ -65,10 +64,9 @@ def initial_state(
     B, N = x.shape[0], x.shape[1] - num_prefix
     size = at_least_float32(x.new_ones(B, N))
     if cells is None:
-        return MergeState(size, size.new_zeros(B, N, 0), trace=trace)
+        return MergeState(size, None, trace=trace)
     height, width = grid if grid[0] * grid[1] == N else (N, 1)
-    membership = grid_cells(height, width, cells, x.device).to(size.dtype)
-    return MergeState(size, membership.expand(B, -1, -1), trace=trace)
+    return MergeState(size, grid_cells(height, width, cells, x.device).expand(B, -1), trace=trace)
 
 
 class TokenMerger(nn.Module):
@@ -218,10 +216,9 @@ class TokenMerger(nn.Module):
         """MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one."""
         return self.mlp_fc2(F.relu(self.mlp_fc1(values)))
 
-    def _slot_direction(self, features: Tensor, cells: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d)."""
-        literal = self.config.cluster_grid is None
-        pooled = features if literal else pool_slots(features, cells, size)[0]
+    def _slot_direction(self, features: Tensor, cells: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
+        """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d), as Eq. 3 takes it."""
+        pooled = features if cells is None else pool_slots(features, cells, self.num_cells, size)[0]
         flat = pooled.flatten(1)  # B (c d)
         if self.training and self.collecting:
             self.features = flat.detach()
@@ -229,7 +226,7 @@ class TokenMerger(nn.Module):
         if labels is not None and len(labels) != len(flat):
             raise ValueError(f"labels: got {len(labels)} for a batch of {len(flat)}. Give one label per image.")
         of_cells = self.clusters(flat, labels).view(pooled.shape)
-        return of_cells, of_cells if literal else cells @ of_cells
+        return of_cells, of_cells if cells is None else take(of_cells, cells)
 
     @property
     def _step(self) -> Tensor:
@@ -250,17 +247,16 @@ class TokenMerger(nn.Module):
 
     def _anchored(
         self, z: Tensor, state: MergeState, num_prefix: int, P: int, unit: Tensor, observe: bool
-    ) -> tuple[AnchoredMask, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[AnchoredMask, Tensor, Tensor | None, Tensor | None]:
         """A selection plus dense rows for the tokens that lose their slot."""
         with torch.no_grad():
             order = order_by_redundancy(unit, P)
         values = take(self._values(z, num_prefix), order) if self.updates else None  # in order from here on
         mlp = self._mlp(values) if self.updates else None
-        cells = take(state.cells, order)
         with torch.autocast(z.device.type, enabled=False):
             unit = take(unit, order)
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
-            slot_cells = cells[:, :P]
+            slot_cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
             base, base_size = anchored_mask(order, similarity, state.size)
             if values is None or mlp is None:
                 return base, base_size, slot_cells, None
@@ -275,8 +271,9 @@ class TokenMerger(nn.Module):
                 to_order = mask_update(mlp, of_cells, 1.0)  # B N c, tokens in order
                 by_index = take(to_order, order.argsort(dim=1))
                 update = take(self._batch_mean(by_index), order)
-                own = (update[:, :P] * slot_cells).sum(dim=2)
-                rest = update[:, P:] @ slot_cells.transpose(1, 2)
+                columns = torch.arange(P, device=z.device).expand(len(z), -1) if slot_cells is None else slot_cells
+                own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
+                rest = take_columns(update[:, P:], columns)
             carried = None
             if self.config.carry_mask:
                 if state.carried is not None:
@@ -301,7 +298,7 @@ class TokenMerger(nn.Module):
         unit: Tensor | None,
         X: Tensor | None,
         observe: bool,
-    ) -> tuple[DenseMask, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[DenseMask, Tensor, Tensor | None, Tensor | None]:
         """Every entry of the N x P mask."""
         config, device = self.config, z.device
         first = self._first_logits(X) if self.starts_mask else None
@@ -324,8 +321,10 @@ class TokenMerger(nn.Module):
             else:
                 assert previous is not None, "a block without a first mask follows one that carries its mask"
                 base = weights = previous  # G^(l-1)
-            index = columns if columns.ndim == 2 else columns.clamp_max(state.cells.shape[1] - 1).expand(len(z), -1)
-            slot_cells = take(state.cells, index)
+            slot_cells = state.cells
+            if slot_cells is not None:
+                index = columns if columns.ndim == 2 else columns.clamp_max(slot_cells.shape[1] - 1).expand(len(z), -1)
+                slot_cells = slot_cells.gather(1, index)
             update = None
             if values is not None and mlp is not None:
                 features = weights.transpose(1, 2) @ at_least_float32(values)  # X~(G^(l-1)) = G^T Z

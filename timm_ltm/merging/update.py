@@ -90,18 +90,20 @@ def direction(phi: Tensor, w: Tensor, centroids: Tensor) -> Tensor:
     return weights @ centroids
 
 
-def pool_slots(x: Tensor, cells: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[Tensor, Tensor]:
     """Slots pooled by position onto cells: the mean of each cell's slots, weighted by their sizes.
 
     Args:
         x: (B, P, d) features of the slots.
-        cells: (B, P, c) one where a slot lies in a cell, else zero.
-        size: (B, P) how many tokens a slot stands for. Equal if not given.
+        cells: (B, P) the index of the cell each slot lies in.
+        num_cells: c.
+        size: (B, P) how many tokens a slot stands for.
 
     Returns:
         The pooled features (B, c, d), zero for a cell without slots, and the pooling weights (B, P, c).
     """
-    weights = cells if size is None else cells * size.unsqueeze(2)
+    inside = cells.unsqueeze(2) == torch.arange(num_cells, device=cells.device)  # B P c; no scatter
+    weights = inside.to(size.dtype) * size.unsqueeze(2)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
     return weights.transpose(1, 2) @ x, weights
 

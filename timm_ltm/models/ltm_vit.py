@@ -334,5 +334,7 @@ def ltm_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisi
 @register_model
 def ltm_vit_test(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
     """LTM on timm's ``test_vit``: tiny, for tests."""
-    model_args = dict(patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, dynamic_img_size=True)
+    model_args = dict(
+        patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, dynamic_img_size=True, cluster_dim=16
+    )
     return _create_ltm_vit("ltm_vit_test", pretrained=pretrained, **dict(model_args, **kwargs))
