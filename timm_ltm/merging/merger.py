@@ -23,7 +23,7 @@ from timm_ltm.merging.merge import (
     take,
     take_columns,
 )
-from timm_ltm.merging.update import at_least_float32, mask_update, pool_slots
+from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast, pool_slots
 
 __all__ = ["MergeState", "TokenMerger", "grid_cells", "initial_state"]
 
@@ -253,7 +253,7 @@ class TokenMerger(nn.Module):
             order = order_by_redundancy(unit, P)
         values = take(self._values(z, num_prefix), order) if self.updates else None  # in order from here on
         mlp = self._mlp(values) if self.updates else None
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z):
             unit = take(unit, order)
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
             slot_cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
@@ -300,11 +300,11 @@ class TokenMerger(nn.Module):
         observe: bool,
     ) -> tuple[DenseMask, Tensor, Tensor | None, Tensor | None]:
         """Every entry of the N x P mask."""
-        config, device = self.config, z.device
+        config = self.config
         first = self._first_logits(X) if self.starts_mask else None
         values = self._values(z, num_prefix) if self.updates else None
         mlp = self._mlp(values) if self.updates else None
-        with torch.autocast(device.type, enabled=False):
+        with no_autocast(z):
             if unit is not None:
                 with torch.no_grad():
                     columns = order_by_redundancy(unit, P)[:, :P]
@@ -312,7 +312,7 @@ class TokenMerger(nn.Module):
             else:
                 # token i of this block is slot i of the last one: of unmerged tokens (warm-up), slots are the columns
                 slots = z.shape[1] - num_prefix if state.carried is None else state.carried.shape[2]
-                columns = even_columns(slots, P, device)
+                columns = even_columns(slots, P, z.device)
             previous = take_columns(state.carried, columns) if state.carried is not None else None
             if first is not None:
                 base = at_least_float32(first)

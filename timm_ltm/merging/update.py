@@ -18,15 +18,32 @@ One letter per axis: B batch, A clusters, K classes, F features of what is clust
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-__all__ = ["assign", "at_least_float32", "cluster_scores", "direction", "mask_update", "pool_slots", "posterior_scores"]
+__all__ = [
+    "assign",
+    "at_least_float32",
+    "cluster_scores",
+    "direction",
+    "mask_update",
+    "no_autocast",
+    "pool_slots",
+    "posterior_scores",
+]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision tensors in float32, others as they are: distances and sharp softmaxes need it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products of what :func:`at_least_float32` returned stay in float32 under autocast."""
+    available = torch.amp.is_autocast_available(x.device.type)  # "meta" has none
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
 def assign(x: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
