@@ -13,9 +13,10 @@ def pytest_configure():
 
 
 def pytest_generate_tests(metafunc):
-    """``sweep = {"mode": [...]}`` in a test class: its tests with an argument ``mode`` run once for each value."""
+    """A test class with ``sweep = {"mode": [...]}``: its tests with an argument ``mode`` run once for each value."""
+    own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
     for name, values in getattr(metafunc.cls, "sweep", {}).items():
-        if name in metafunc.fixturenames:
+        if name in metafunc.fixturenames and name not in own:
             metafunc.parametrize(name, values, ids=str)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "take",
     "take_columns",
     "unmerge",
+    "with_prefix",
 ]
 
 _BOUND = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
@@ -197,20 +198,25 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
     Returns:
         (B, num_prefix + P, D).
     """
-    dtype = x.dtype
     if isinstance(mask, DenseMask):
-        merged = mask.weights.to(dtype).transpose(1, 2) @ x[:, num_prefix:]
+        merged = mask.weights.to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
         return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
-    order, own, rest = mask.order, mask.own.to(dtype), mask.rest.to(dtype)
+    return merge_ordered(take(x, with_prefix(mask.order, num_prefix)), mask.own, mask.rest, num_prefix)
+
+
+def with_prefix(order: Tensor, num_prefix: int) -> Tensor:
+    """The order (B, N) of patch tokens as one of (B, num_prefix + N) tokens whose prefix stays in front."""
+    if not num_prefix:
+        return order
+    prefix = torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1)
+    return torch.cat((prefix, order + num_prefix), dim=1)
+
+
+def merge_ordered(x: Tensor, own: Tensor, rest: Tensor, num_prefix: int = 0) -> Tensor:
+    """The merge of tokens in the mask's order already: (B, num_prefix + P + M, D) -> (B, num_prefix + P, D)."""
+    own, rest = own.to(x.dtype), rest.to(x.dtype)
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
-        prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
-        order = torch.cat((prefix, order + num_prefix), dim=1)
         own, rest = F.pad(own, (num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
-    return merge_ordered(take(x, order), own, rest)
-
-
-def merge_ordered(x: Tensor, own: Tensor, rest: Tensor) -> Tensor:
-    """The merge of tokens (B, P + M, D) that are in the mask's order already: (B, P, D)."""
     P = own.shape[1]
     return (x[:, :P] * own.unsqueeze(2)).baddbmm_(rest.transpose(1, 2), x[:, P:])
 

@@ -22,6 +22,7 @@ from timm_ltm.merging.merge import (
     order_by_redundancy,
     take,
     take_columns,
+    with_prefix,
 )
 from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast, pool_slots
 
@@ -184,19 +185,13 @@ class TokenMerger(nn.Module):
             assert keys is not None, "anchors are compared by attention keys"
             unit = F.normalize(at_least_float32(keys[:, patches]), dim=2)
         if self.config.mask_form == "anchored":
-            mask, size, cells, carried = self._anchored(z, state, num_prefix, P, unit, observe)
+            merged, mask, state_after = self._anchored(z, state, num_prefix, P, unit, observe)
         else:
             X = inputs[:, patches] if inputs is not None else None
-            mask, size, cells, carried = self._dense(z, state, num_prefix, P, unit, X, observe)
-        if observe:
-            if carried is not None and isinstance(mask, DenseMask):
-                state = state._replace(carried=carried)
-            return z, state
-        if carried is not None:
-            carried = merge(carried, mask) if isinstance(mask, DenseMask) else self._carry_factors(carried, mask)
-        if state.trace is not None:
+            merged, mask, state_after = self._dense(z, state, num_prefix, P, unit, X, observe)
+        if state.trace is not None and not observe:
             state.trace.append(mask)
-        return merge(z, mask, num_prefix), MergeState(size, cells, carried, state.trace)
+        return merged, state_after
 
     @property
     def tied(self) -> bool:
@@ -204,17 +199,18 @@ class TokenMerger(nn.Module):
         config = self.config
         return self.starts_mask or (self.updates and (config.cluster_grid is None or config.mask_mode == "batch"))
 
-    def _values(self, z: Tensor, num_prefix: int) -> Tensor:
-        """What is clustered (B, N, d): the tokens themselves, or a projection of them with every token normalised.
+    def _values(self, z: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+        """What is clustered and MLP(Z), (B, N, d) each.
+
+        What is clustered are the tokens themselves, or a projection of them with every token normalised.
 
         The normalisation is per token, before merging: merging stays linear in it and dir the exact gradient.
         """
-        values = self.proj(z)[:, num_prefix:]
-        return values if self.config.cluster_dim is None else F.layer_norm(values, values.shape[-1:])
-
-    def _mlp(self, values: Tensor) -> Tensor:
-        """MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one."""
-        return self.mlp_fc2(F.relu(self.mlp_fc1(values)))
+        values = self.proj(z)
+        values = values if self.config.cluster_dim is None else F.layer_norm(values, values.shape[-1:])
+        # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
+        mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
+        return at_least_float32(values[:, num_prefix:]), at_least_float32(mlp[:, num_prefix:])
 
     def _slot_direction(self, features: Tensor, cells: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
         """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d), as Eq. 3 takes it."""
@@ -247,47 +243,49 @@ class TokenMerger(nn.Module):
 
     def _anchored(
         self, z: Tensor, state: MergeState, num_prefix: int, P: int, unit: Tensor, observe: bool
-    ) -> tuple[AnchoredMask, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, AnchoredMask, MergeState]:
         """A selection plus dense rows for the tokens that lose their slot."""
         with torch.no_grad():
             order = order_by_redundancy(unit, P)
-        values = take(self._values(z, num_prefix), order) if self.updates else None  # in order from here on
-        mlp = self._mlp(values) if self.updates else None
+        unit, unmerged = take(unit, order), z
+        z = take(z, with_prefix(order, num_prefix))  # in order from here on: anchors, then the others
+        values, mlp = self._values(z, num_prefix) if self.updates else (None, None)
         with no_autocast(z):
-            unit = take(unit, order)
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
-            slot_cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
-            base, base_size = anchored_mask(order, similarity, state.size)
-            if values is None or mlp is None:
-                return base, base_size, slot_cells, None
-            merged = merge_ordered(at_least_float32(values), base.own, base.rest)  # X~(G^(l-1))
-            of_cells, of_slots = self._slot_direction(merged, slot_cells, base_size)
-            if observe:
-                return base, base_size, slot_cells, None
-            mlp = self._step * at_least_float32(mlp)
-            if self.running_update is None:
-                own, rest = (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
-            else:
-                to_order = mask_update(mlp, of_cells, 1.0)  # B N c, tokens in order
-                by_index = take(to_order, order.argsort(dim=1))
-                update = take(self._batch_mean(by_index), order)
-                columns = torch.arange(P, device=z.device).expand(len(z), -1) if slot_cells is None else slot_cells
-                own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
-                rest = take_columns(update[:, P:], columns)
+            cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
+            mask, size = anchored_mask(order, similarity, state.size)
             carried = None
-            if self.config.carry_mask:
-                if state.carried is not None:
-                    query, key = take(state.carried, order).chunk(2, dim=2)
-                    own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
-                    rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
-                carried = torch.cat((mlp, F.pad(of_slots, (0, 0, 0, mlp.shape[1] - P))), dim=2)
-            mask, size = anchored_mask(order, similarity, state.size, own, rest)
-            return mask, size, slot_cells, carried
+            if values is not None and mlp is not None:
+                merged = merge_ordered(values, mask.own, mask.rest)  # X~(G^(l-1))
+                of_cells, of_slots = self._slot_direction(merged, cells, size)
+                if observe:
+                    return unmerged, mask, state
+                own, rest = self._anchored_update(self._step * mlp, of_cells, of_slots, order, cells)
+                if self.config.carry_mask:
+                    if state.carried is not None:
+                        query, key = take(state.carried, order).chunk(2, dim=2)
+                        own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
+                        rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
+                    carried = self._step * mlp
+                mask, size = anchored_mask(order, similarity, state.size, own, rest)
+                if carried is not None:  # the update as factors: rows (queries) merged, columns (keys) as they are
+                    carried = torch.cat((merge_ordered(carried, mask.own, mask.rest), of_slots), dim=2)
+        if observe:
+            return unmerged, mask, state
+        return merge_ordered(z, mask.own, mask.rest, num_prefix), mask, MergeState(size, cells, carried, state.trace)
 
-    def _carry_factors(self, carried: Tensor, mask: AnchoredMask) -> Tensor:
-        """The update as factors, for the next block: rows (queries) merged, columns (keys) as they are."""
-        query, key = carried.chunk(2, dim=2)
-        return torch.cat((merge_ordered(query, mask.own, mask.rest), key[:, : mask.own.shape[1]]), dim=2)
+    def _anchored_update(
+        self, mlp: Tensor, of_cells: Tensor, of_slots: Tensor, order: Tensor, cells: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 3 where the mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P)."""
+        P = of_slots.shape[1]
+        if self.running_update is None:
+            return (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
+        by_index = take(mask_update(mlp, of_cells, 1.0), order.argsort(dim=1))  # B N c: tokens of all images align
+        update = take(self._batch_mean(by_index), order)
+        columns = torch.arange(P, device=mlp.device).expand(len(mlp), -1) if cells is None else cells
+        own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
+        return own, take_columns(update[:, P:], columns)
 
     def _dense(
         self,
@@ -298,12 +296,11 @@ class TokenMerger(nn.Module):
         unit: Tensor | None,
         X: Tensor | None,
         observe: bool,
-    ) -> tuple[DenseMask, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, DenseMask, MergeState]:
         """Every entry of the N x P mask."""
         config = self.config
         first = self._first_logits(X) if self.starts_mask else None
-        values = self._values(z, num_prefix) if self.updates else None
-        mlp = self._mlp(values) if self.updates else None
+        values, mlp = self._values(z, num_prefix) if self.updates else (None, None)
         with no_autocast(z):
             if unit is not None:
                 with torch.no_grad():
@@ -327,11 +324,11 @@ class TokenMerger(nn.Module):
                 slot_cells = slot_cells.gather(1, index)
             update = None
             if values is not None and mlp is not None:
-                features = weights.transpose(1, 2) @ at_least_float32(values)  # X~(G^(l-1)) = G^T Z
+                features = weights.transpose(1, 2) @ values  # X~(G^(l-1)) = G^T Z
                 slot_size = (state.size.unsqueeze(1) @ weights).squeeze(1)
                 _, of_slots = self._slot_direction(features, slot_cells, slot_size)
                 if not observe:
-                    update = self._batch_mean(mask_update(at_least_float32(mlp), of_slots, self._step))  # Eq. 3
+                    update = self._batch_mean(mask_update(mlp, of_slots, self._step))  # Eq. 3
             if config.first_mask == "anchors" and previous is not None:
                 update = previous if update is None else update + previous
             if update is not None or first is None:
@@ -339,7 +336,11 @@ class TokenMerger(nn.Module):
             carried = None
             if config.carry_mask:
                 carried = mask.weights if config.first_mask != "anchors" else update
-            return mask, size, slot_cells, carried
+            if observe:
+                return z, mask, state._replace(carried=carried)
+            if carried is not None:
+                carried = merge(carried, mask)  # rows travel by merging
+        return merge(z, mask, num_prefix), mask, MergeState(size, slot_cells, carried, state.trace)
 
     def _first_logits(self, X: Tensor | None) -> Tensor:
         """f(X) (B, N, P). ``"printed"`` is Section 3.1's f(X / tau); inside the sigmoid tau sparsifies nothing."""
