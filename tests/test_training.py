@@ -95,7 +95,7 @@ def test_warmup_is_plain_then_starts_with_clusters(digits):
 
 
 def test_collecting_in_warmup_leaves_training_bit_for_bit(digits):
-    x, y = digits
+    x, _ = digits
     kwargs = dict(drop_path_rate=0.2, proj_drop_rate=0.1)
     model = make(merge_warmup_epochs=1, **kwargs)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_features_with_nan_are_counted_and_warned_about_once(digits):
 
 def test_true_labels_in_training_and_none_in_eval(digits):
     x, y = digits
-    model = make(preset="paper", temperature="fit", mask_mode="sample", num_clusters=None)
+    model = make(preset="paper", temperature="fit", mask_mode="sample", num_clusters=0)
     refresh = timm_ltm.ClusterRefresh(model)
     run_epoch(model, refresh, x, y)
     model.train()

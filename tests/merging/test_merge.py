@@ -170,7 +170,7 @@ def test_num_slots(N, ratio, P):
         (dict(temperature=-1.0), ["temperature", "-1.0", "fit"]),
         (dict(temperature="cold"), ["temperature", "cold"]),
         (dict(first_mask="learned"), ["first_mask", "learned", "dense"]),
-        (dict(cluster_dim=0), ["cluster_dim", "0"]),
+        (dict(cluster_dim=-1), ["cluster_dim", "-1"]),
         (dict(merge_warmup_epochs=-1), ["merge_warmup_epochs", "-1"]),
         (dict(preset="papper"), ["preset", "papper", "paper"]),
     ],

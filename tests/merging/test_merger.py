@@ -51,8 +51,8 @@ MODES = [
     dict(update=False),
     dict(carry_mask=True),
     dict(mask_mode="batch"),
-    dict(cluster_grid=None),
-    dict(cluster_dim=None),
+    dict(cluster_grid=0),
+    dict(cluster_dim=0),
     dict(labels="true"),
     dict(mask_form="dense"),
     dict(mask_form="dense", mask_softmax="tokens", carry_mask=True),
@@ -200,10 +200,10 @@ def test_float32_at_every_scale(scale):
 
 
 def test_tied_settings_say_so():
-    merger = build(cluster_grid=None)
+    merger = build(cluster_grid=0)
     z, keys = inputs()
     with pytest.raises(ValueError, match=r"got 18 tokens, expected 20.*img_size"):
-        merger(z[:, :18], initial_state(z[:, :18], 0, (H, W), None), 0, keys[:, :18])
+        merger(z[:, :18], initial_state(z[:, :18], 0, (H, W), 0), 0, keys[:, :18])
 
 
 def test_labels_of_another_batch():

@@ -95,6 +95,14 @@ class TestViT(ModelContract):
             low, high = slots.amin(dim=0) - 1e-5, slots.amax(dim=0) + 1e-5
             assert ((one_map >= low) & (one_map <= high)).all(), "a token that went away is a mean of slots"
 
+    def test_intermediates_share_tokens_out_whole(self):
+        model = self.build()
+        model.norm.weight.data.zero_()
+        model.norm.bias.data.fill_(2.0)  # every merged token is the same: so is every one put back, in all blocks
+        maps = model.forward_intermediates(self.images(), norm=True, intermediates_only=True)
+        assert len(maps) == 6
+        assert_close(torch.stack(maps), torch.full((6, 3, 64, 4, 4), 2.0))
+
     def test_merged_tokens_are_the_masks_means(self):
         model, x = self.build(depth=1), self.images()
         embedded, _ = model._embed(x)
@@ -109,6 +117,8 @@ class TestViT(ModelContract):
         assert masks.blocks == [0, 1, 2, 3, 4, 5]
         assert [m.shape[2] for m in masks.masks] == [9, 7, 6, 5, 4, 3]
         assert [m.shape[1] for m in masks.masks] == [12, 9, 7, 6, 5, 4]
+        for image in range(3):
+            assert_close(masks.accumulated[-1][image], torch.linalg.multi_dot([m[image] for m in masks.masks]))
 
     def test_masks_in_warmup(self):
         model, x = self.build(merge_warmup_epochs=3), self.images()

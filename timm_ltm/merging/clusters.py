@@ -302,8 +302,6 @@ class RunningClusters:
         log_q = class_conditional(joint, _SMOOTHING).log()
         prior = (classes + _SMOOTHING) / (classes + _SMOOTHING).sum()
         if clusters.log_q is not None:
-            if clusters.log_q.shape != log_q.shape:
-                clusters.log_q = torch.zeros_like(log_q)
             clusters.log_q.copy_(log_q)
         scores = cluster_scores(log_q, prior)
         if self.normalize:

@@ -15,9 +15,9 @@ PAPER: dict[str, Any] = dict(
     mask_softmax="tokens",  # Section 4.1: the weights of each merged token sum to 1
     first_mask="printed",  # Section 3.1: G^(1) = Softmax(f(X / tau))
     carry_mask=True,  # Eq. 2: G^(l) starts from G^(l-1)
-    num_clusters=None,  # Section 3.2: as many clusters as classes
-    cluster_dim=None,  # Section 3.2: clusters of the merged tokens themselves, d = D
-    cluster_grid=None,  # Section 3.2: clusters in R^{P x D}, one cell per slot
+    num_clusters=0,  # Section 3.2: as many clusters as classes
+    cluster_dim=0,  # Section 3.2: clusters of the merged tokens themselves, d = D
+    cluster_grid=0,  # Section 3.2: clusters in R^{P x D}, one cell per slot
     labels="true",  # Eq. 3: psi_ia needs y_i
     mask_mode="batch",  # Eq. 3: one sum over the minibatch
     temperature=1.0,  # Section 3.2: phi without a temperature
@@ -47,9 +47,9 @@ class MergeConfig:
         compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N). One number for all blocks,
             or one per block; 1.0 means that this block does not merge.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
-        num_clusters: A, clusters of merged features per block. ``None``: the number of classes.
-        cluster_dim: d, width of the projection that is clustered and of the mask MLP. ``None``: the tokens themselves.
-        cluster_grid: g, slots are pooled by position onto g x g cells before clustering. ``None``: one cell per slot.
+        num_clusters: A, clusters of merged features per block. 0: the number of classes.
+        cluster_dim: d, width of the projection that is clustered and of the mask MLP. 0: the tokens themselves.
+        cluster_grid: g, slots are pooled by position onto g x g cells before clustering. 0: one cell per slot.
         mask_form: ``"anchored"``: P tokens keep their slot, the other N - P are handed out (a sparse mask).
             ``"dense"``: every entry of the N x P mask is computed.
         mask_softmax: What a dense mask is normalised over. ``"slots"``: a token hands out its whole weight, then
@@ -76,9 +76,9 @@ class MergeConfig:
 
     compression_ratio: float | Sequence[float] = 0.95
     merge_warmup_epochs: int = 0
-    num_clusters: int | None = 64
-    cluster_dim: int | None = 32
-    cluster_grid: int | None = 4
+    num_clusters: int = 64
+    cluster_dim: int = 32
+    cluster_grid: int = 4
     mask_form: str = "anchored"
     mask_softmax: str = "slots"
     first_mask: str = "anchors"
@@ -104,11 +104,11 @@ class MergeConfig:
                 raise _error(name, getattr(self, name), f"one of {choices}", "Choose one of these.")
         if self.merge_warmup_epochs < 0:
             raise _error("merge_warmup_epochs", self.merge_warmup_epochs, "0 or more", "0 merges from the start.")
-        if self.num_clusters is not None and self.num_clusters < 2:
-            raise _error("num_clusters", self.num_clusters, "2 or more, or None", "update=False does without clusters.")
+        if self.num_clusters < 0 or self.num_clusters == 1:
+            raise _error("num_clusters", self.num_clusters, "2 or more, or 0", "update=False does without clusters.")
         for name in ("cluster_dim", "cluster_grid"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise _error(name, getattr(self, name), "1 or more, or None", "Leave it out for the default.")
+            if getattr(self, name) < 0:
+                raise _error(name, getattr(self, name), "0 or more", "Leave it out for the default.")
         if self.temperature != "fit" and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
             raise _error(
                 "temperature", self.temperature, "'fit' or a number above 0", "Leave it out to have it fitted."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -53,18 +54,18 @@ def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tenso
 
 
 def initial_state(
-    x: Tensor, num_prefix: int, grid: tuple[int, int], cells: int | None, trace: list[Mask] | None = None
+    x: Tensor, num_prefix: int, grid: tuple[int, int], cells: int, trace: list[Mask] | None = None
 ) -> MergeState:
     """The state in front of the first block: every token stands for itself.
 
     Args:
         x: (B, num_prefix + N, D) tokens.
         grid: (H, W). Where N is not H W (patch dropout), cells are bands of the token order.
-        cells: g, or None where nothing is pooled.
+        cells: g, or 0 where nothing is pooled.
     """
     B, N = x.shape[0], x.shape[1] - num_prefix
     size = at_least_float32(x.new_ones(B, N))
-    if cells is None:
+    if not cells:
         return MergeState(size, None, trace=trace)
     height, width = grid if grid[0] * grid[1] == N else (N, 1)
     return MergeState(size, grid_cells(height, width, cells, x.device).expand(B, -1), trace=trace)
@@ -104,43 +105,58 @@ class TokenMerger(nn.Module):
         self.starts_mask = config.first_mask != "anchors" and (first or not config.carry_mask)
         self.updates = config.update and not (self.starts_mask and config.carry_mask)  # Eq. 2: l >= 2
         if config.mask_form == "anchored" or config.first_mask == "anchors":
-            self.log_beta = nn.Parameter(torch.full((), config.beta, **dd).log())
+            self.log_beta = nn.Parameter(torch.empty((), **dd))
         if self.starts_mask:
             self.mask_fc = nn.Linear(dim, self.num_slots, **dd)  # f of G^(1) = Softmax(f(X / tau))
-        self.num_cells = self.num_slots if config.cluster_grid is None else config.cluster_grid**2
+        self.num_cells = config.cluster_grid**2 or self.num_slots
         if self.updates:
-            d = dim if config.cluster_dim is None else config.cluster_dim
+            d = config.cluster_dim or dim
             self.cluster_dim = d
-            self.eta = nn.Parameter(torch.full((), config.eta, **dd))
-            self.proj = nn.Identity() if config.cluster_dim is None else nn.Linear(dim, d, bias=False, **dd)
-            self.mlp_fc1 = nn.Linear(dim, dim, **dd) if config.cluster_dim is None else nn.Identity()
+            self.eta = nn.Parameter(torch.empty((), **dd))
+            self.proj = nn.Linear(dim, d, bias=False, **dd) if config.cluster_dim else nn.Identity()
+            self.mlp_fc1 = nn.Identity() if config.cluster_dim else nn.Linear(dim, dim, **dd)
             self.mlp_fc2 = nn.Linear(d, d, **dd)
-            A = num_classes if config.num_clusters is None else config.num_clusters
-            if A < 2:
+            if not config.num_clusters and num_classes < 2:
                 raise ValueError(
-                    f"num_clusters: got None with num_classes={num_classes}, expected 2 classes or more. "
+                    f"num_clusters: got 0 with num_classes={num_classes}, expected 2 classes or more. "
                     "Give num_clusters a number."
                 )
-            self.clusters = Clusters(
-                A, self.num_cells * d, num_classes, true_labels=config.labels == "true", device=device, dtype=dtype
-            )
+            self.clusters = self._new_clusters(num_classes, **dd)
             running = (num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
             running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
             self.register_buffer("running_update", running_update)
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))  # epochs of training behind
         self.reset_parameters()
 
+    def _new_clusters(self, num_classes: int, **dd: Any) -> Clusters:
+        A = self.config.num_clusters or num_classes
+        return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.labels == "true", **dd)
+
     def reset_parameters(self) -> None:
-        """Initial values: timm's for ViT's linear layers. Clusters are left alone."""
+        """Initial values: timm's for ViT's linear layers, and no clusters or epochs yet."""
+        self.epoch.zero_()
+        with torch.no_grad():
+            if hasattr(self, "log_beta"):
+                self.log_beta.fill_(math.log(self.config.beta))
+            if self.updates:
+                self.eta.fill_(self.config.eta)
+                self.clusters.reset_parameters()
+                if self.running_update is not None:
+                    self.running_update.zero_()
         for module in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def reset_classes(self, num_classes: int) -> None:
-        """A new head: log Q of the old classes is forgotten, R stays as it is."""
-        if self.updates and self.clusters.log_q is not None:
-            self.clusters.log_q = self.clusters.log_q.new_zeros(len(self.clusters.log_q), num_classes)
+        """A new head: what is tied to the old classes is forgotten until the next refresh, the rest stays."""
+        if not self.updates or num_classes < 2:
+            return
+        C, log_q = self.clusters.centroids, self.clusters.log_q
+        if not self.config.num_clusters:
+            self.clusters = self._new_clusters(num_classes, device=C.device, dtype=C.dtype)
+        elif log_q is not None:
+            self.clusters.log_q = log_q.new_zeros(log_q.shape[0], num_classes)
 
     @property
     def needs_keys(self) -> bool:
@@ -175,7 +191,7 @@ class TokenMerger(nn.Module):
         P = self.num_slots if self.tied else num_slots(N, self.ratio)
         if self.tied and self.num_tokens != N and not observe:
             raise ValueError(
-                f"got {N} tokens, expected {self.num_tokens}: cluster_grid=None, first_mask={self.config.first_mask!r} "
+                f"got {N} tokens, expected {self.num_tokens}: cluster_grid=0, first_mask={self.config.first_mask!r} "
                 f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "
                 "img_size, or with settings that are not tied to one."
             )
@@ -197,7 +213,7 @@ class TokenMerger(nn.Module):
     def tied(self) -> bool:
         """Whether settings tie this module to one number of tokens."""
         config = self.config
-        return self.starts_mask or (self.updates and (config.cluster_grid is None or config.mask_mode == "batch"))
+        return self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
 
     def _values(self, z: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
         """What is clustered and MLP(Z), (B, N, d) each.
@@ -207,7 +223,7 @@ class TokenMerger(nn.Module):
         The normalisation is per token, before merging: merging stays linear in it and dir the exact gradient.
         """
         values = self.proj(z)
-        values = values if self.config.cluster_dim is None else F.layer_norm(values, values.shape[-1:])
+        values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
         # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
         mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
         return at_least_float32(values[:, num_prefix:]), at_least_float32(mlp[:, num_prefix:])
@@ -219,8 +235,8 @@ class TokenMerger(nn.Module):
         if self.training and self.collecting:
             self.features = flat.detach()
         labels = self.labels if self.training else None
-        if labels is not None and len(labels) != len(flat):
-            raise ValueError(f"labels: got {len(labels)} for a batch of {len(flat)}. Give one label per image.")
+        if labels is not None and labels.shape[0] != flat.shape[0]:
+            raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
         of_cells = self.clusters(flat, labels).view(pooled.shape)
         return of_cells, of_cells if cells is None else take(of_cells, cells)
 
@@ -283,7 +299,7 @@ class TokenMerger(nn.Module):
             return (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
         by_index = take(mask_update(mlp, of_cells, 1.0), order.argsort(dim=1))  # B N c: tokens of all images align
         update = take(self._batch_mean(by_index), order)
-        columns = torch.arange(P, device=mlp.device).expand(len(mlp), -1) if cells is None else cells
+        columns = torch.arange(P, device=mlp.device).expand(mlp.shape[0], -1) if cells is None else cells
         own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
         return own, take_columns(update[:, P:], columns)
 
@@ -320,7 +336,9 @@ class TokenMerger(nn.Module):
                 base = weights = previous  # G^(l-1)
             slot_cells = state.cells
             if slot_cells is not None:
-                index = columns if columns.ndim == 2 else columns.clamp_max(slot_cells.shape[1] - 1).expand(len(z), -1)
+                index = (
+                    columns if columns.ndim == 2 else columns.clamp_max(slot_cells.shape[1] - 1).expand(z.shape[0], -1)
+                )
                 slot_cells = slot_cells.gather(1, index)
             update = None
             if values is not None and mlp is not None:

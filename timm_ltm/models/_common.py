@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_ltm.merging import MergeConfig, TokenMerger
 
-__all__ = ["LTMModel", "split_ltm_kwargs", "with_ltm_state"]
+__all__ = ["LTMModel", "fit_classes", "split_ltm_kwargs"]
+
+register_notrace_module(TokenMerger)  # a leaf of FX graphs: its shapes are counted, not traced
 
 _LTM_ARGUMENTS = ("preset", *(field.name for field in dataclasses.fields(MergeConfig)))
 _on_created: list[Callable[[LTMModel], None]] = []  # training.py asks to be told of models to attach to
@@ -26,12 +29,24 @@ def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return ltm, {name: value for name, value in kwargs.items() if name not in ltm}
 
 
-def with_ltm_state(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A plain timm checkpoint with the model's own initial values for what LTM adds, so that it loads strictly."""
-    own = {name: value for name, value in model.state_dict().items() if ".merger." in name}
-    if any(name in state_dict for name in own):
-        return state_dict  # trained with LTM: what is missing is an error
-    return {**own, **state_dict}
+def _fill_in(model: LTMModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: a plain timm checkpoint gets the model's own values for what LTM adds, and so loads strictly."""
+    own = {f"{prefix}{name}": value for name, value in model.state_dict().items() if ".merger." in name}
+    if not any(name in state_dict for name in own):  # else trained with LTM: what is missing is an error
+        state_dict.update(own)
+
+
+def _read_epoch_after_loading(model: LTMModel, _: Any) -> None:
+    model._read_epoch()
+
+
+def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
+    """Pretrained weights for another number of classes: what is tied to it starts anew, as timm's head does."""
+    tied = ".clusters.log_q" if model.merge_config.num_clusters else ".merger.clusters."
+    own = {name: value for name, value in model.state_dict().items() if tied in name}
+    if all(state_dict[name].shape == value.shape for name, value in own.items() if name in state_dict):
+        return state_dict
+    return {**state_dict, **own}
 
 
 class LTMModel(nn.Module):
@@ -49,7 +64,8 @@ class LTMModel(nn.Module):
         self._forced: bool | None = None
         self._epoch, self._merging = 0, False
         self._read_epoch()
-        self.register_load_state_dict_post_hook(lambda module, _: module._read_epoch())
+        self.register_load_state_dict_pre_hook(_fill_in)
+        self.register_load_state_dict_post_hook(_read_epoch_after_loading)
         for callback in _on_created:
             callback(self)
 
@@ -91,7 +107,7 @@ class LTMModel(nn.Module):
             self._epoch = int(epoch)
         # a plain flag: torch.compile would compile anew for every value of a counter
         after_warmup = self._epoch >= self.merge_config.merge_warmup_epochs
-        self._merging = after_warmup if self._forced is None else self._forced
+        self._merging = epoch is not None and (after_warmup if self._forced is None else self._forced)
 
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
         """Add zero times every LTM parameter: DistributedDataParallel wants gradients of all, also in warm-up."""

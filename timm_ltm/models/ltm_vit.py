@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import to_2tuple
+from timm.layers import register_notrace_function, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from timm_ltm.merging import Mask, MergeConfig, MergeState, TokenMerger, initial_state, num_slots, unmerge
-from timm_ltm.models._common import LTMModel, split_ltm_kwargs, with_ltm_state
+from timm_ltm.models._common import LTMModel, fit_classes, split_ltm_kwargs
 
 __all__ = ["LTMBlock", "LTMVisionTransformer", "MergeMasks"]
 
@@ -36,6 +37,19 @@ class MergeMasks(NamedTuple):
     masks: list[Tensor]
     accumulated: list[Tensor]
     grid: tuple[int, int]
+
+
+torch.fx.wrap("initial_state")  # makes tensors from shapes
+
+
+@torch.fx.wrap  # FX's placeholders are not masks
+@register_notrace_function
+def _no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "attn_mask or is_causal: got one with merging on, expected neither: a mask over N tokens does not fit "
+            "merged ones. Call model.set_merging(False) first."
+        )
 
 
 class LTMBlock(Block):
@@ -123,20 +137,12 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         tokens, first = self.patch_embed.num_patches, True
         for block, ratio in zip(self.blocks, self.merge_config.ratios_for(len(self.blocks)), strict=True):
             block.num_prefix_tokens = self.num_prefix_tokens
-            slots = num_slots(tokens, ratio)
-            if slots < tokens:
+            if ratio < 1:
                 block.merger = TokenMerger(
                     self.embed_dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
                 )
                 first = False
-            tokens = slots
-
-    def _check_plain(self, attn_mask: Tensor | None, is_causal: bool) -> None:
-        if self.merging and (attn_mask is not None or is_causal):
-            raise ValueError(
-                "attn_mask or is_causal: got one with merging on, expected neither: a mask over N tokens does not fit "
-                "merged ones. Call model.set_merging(False) first."
-            )
+            tokens = num_slots(tokens, ratio)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's steps in front of the blocks, and the grid (H, W) of patches."""
@@ -148,17 +154,24 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         return initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, trace)
 
     def _run(self, block: nn.Module, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x, None, False, state, observe)
-        return block(x, None, False, state, observe)
+        if not self.grad_checkpointing or torch.jit.is_scripting():
+            return block(x, None, False, state, observe)
+
+        def run(x: Tensor, size: Tensor, cells: Tensor | None, carried: Tensor | None) -> tuple[Any, ...]:
+            x, after = block(x, None, False, MergeState(size, cells, carried, state.trace), observe)
+            return x, after.size, after.cells, after.carried
+
+        # flat arguments: re-entrant checkpoints lose the gradients of nested ones
+        x, *after = checkpoint(run, x, state.size, state.cells, state.carried)
+        return x, MergeState(*after, state.trace)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's, with tokens merged: (B, prefix + P, D). Merging off, it is timm's."""
-        self._check_plain(attn_mask, is_causal)
-        observe = not self.merging and self.collecting and self.training and attn_mask is None and not is_causal
+        observe = not self.merging and self.collecting and self.training
         if not self.merging and not observe:
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._keep_parameters_in_graph(x)
+        _no_attention_mask(attn_mask, is_causal)
         x, grid = self._embed(x)
         state = self._initial_state(x, grid)
         for block in self.blocks:
@@ -183,12 +196,12 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
 
         The final features are merged ones, as those of :meth:`forward_features`.
         """
-        self._check_plain(attn_mask, is_causal)
         if not self.merging:
             return super().forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
                 attn_mask, is_causal,
             )  # fmt: skip
+        _no_attention_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'.")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
@@ -248,7 +261,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         )
         if new != now and any(merger.tied for _, merger in self.mergers()):
             raise ValueError(
-                f"img_size, patch_size: got {new}, expected {now}: cluster_grid=None, a first mask f(X) or "
+                f"img_size, patch_size: got {new}, expected {now}: cluster_grid=0, a first mask f(X) or "
                 "mask_mode='batch' tie a model to one input size. Create it with these sizes."
             )
         super().set_input_size(img_size=img_size, patch_size=patch_size)
@@ -292,7 +305,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _filter(state_dict: dict[str, Any], model: LTMVisionTransformer) -> dict[str, Any]:
-    return with_ltm_state(checkpoint_filter_fn(state_dict, model), model)
+    return fit_classes(checkpoint_filter_fn(state_dict, model), model)
 
 
 def _create_ltm_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
