@@ -10,6 +10,8 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.testing import assert_close
 
+from timm_ltm import ClusterRefresh
+
 from .contract import MODES, ModelContract
 
 
@@ -82,7 +84,7 @@ class TestViT(ModelContract):
             model.forward_intermediates(x, output_fmt="NHWC")
 
     def test_intermediates_lie_where_their_tokens_came_from(self):
-        model, plain = self.pair(compression_ratio=[1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+        model, plain = self.pair(compression_ratio=[1.0, 1.0, 1.0, 1.0, 1.0, 0.5], beta=5.0)
         x = self.images()
         final, maps = model.forward_intermediates(x, norm=True, output_fmt="NLC")
         expected = plain.forward_intermediates(x, norm=True, output_fmt="NLC", intermediates_only=True)
@@ -138,6 +140,12 @@ class TestViT(ModelContract):
         model.set_merging(False)
         assert torch.equal(model(x, attn_mask=mask), plain(x, attn_mask=mask))
         assert torch.equal(model(x, is_causal=True), plain(x, is_causal=True))
+
+    def test_attention_mask_in_warmup(self):
+        model, plain = self.pair(merge_warmup_epochs=1)
+        ClusterRefresh(model)
+        x, mask = self.images(), torch.ones(17, 17, dtype=torch.bool).tril()
+        assert torch.equal(model.train()(x, attn_mask=mask), plain.train()(x, attn_mask=mask))
 
     def test_attention_mask_where_no_block_merges(self):
         model, plain = self.pair(compression_ratio=1.0)

@@ -20,15 +20,14 @@ __all__ = [
     "dense_mask",
     "even_columns",
     "merge",
-    "merge_ordered",
     "order_by_redundancy",
     "redundancy",
     "take",
     "take_columns",
     "unmerge",
-    "with_prefix",
 ]
 
+_TINY = 1e-20  # a sharp softmax leaves denormal numbers, with which CPUs multiply many times slower
 _BOUND = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
 
 
@@ -155,7 +154,7 @@ def anchored_mask(
     if update_rest is not None:
         update_rest = update_rest.clamp(-_BOUND, _BOUND)
         similarity = similarity + update_rest
-    to = similarity.softmax(dim=2)
+    to = (similarity.softmax(dim=2) - _TINY).clamp_min(0.0)
     rest = size_rest.unsqueeze(2) * to
     merged_size = total = own + rest.sum(dim=1)
     if update_own is not None and update_rest is not None:
@@ -201,24 +200,16 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
     if isinstance(mask, DenseMask):
         merged = mask.weights.to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
         return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
-    return merge_ordered(take(x, with_prefix(mask.order, num_prefix)), mask.own, mask.rest, num_prefix)
-
-
-def with_prefix(order: Tensor, num_prefix: int) -> Tensor:
-    """The order (B, N) of patch tokens as one of (B, num_prefix + N) tokens whose prefix stays in front."""
-    if not num_prefix:
-        return order
-    prefix = torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1)
-    return torch.cat((prefix, order + num_prefix), dim=1)
-
-
-def merge_ordered(x: Tensor, own: Tensor, rest: Tensor, num_prefix: int = 0) -> Tensor:
-    """The merge of tokens in the mask's order already: (B, num_prefix + P + M, D) -> (B, num_prefix + P, D)."""
-    own, rest = own.to(x.dtype), rest.to(x.dtype)
+    P = mask.own.shape[1]
+    anchors, others = mask.order[:, :P], mask.order[:, P:] + num_prefix
+    own, rest = mask.own.to(x.dtype), mask.rest.to(x.dtype)
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
+        prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
+        anchors = torch.cat((prefix, anchors + num_prefix), dim=1)
         own, rest = F.pad(own, (num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
-    P = own.shape[1]
-    return (x[:, :P] * own.unsqueeze(2)).baddbmm_(rest.transpose(1, 2), x[:, P:])
+    kept, own = take(x, anchors), own.unsqueeze(2)
+    kept = kept * own if torch.is_grad_enabled() else kept.mul_(own)
+    return kept.baddbmm_(rest.transpose(1, 2), take(x, others))
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:

@@ -19,11 +19,9 @@ from timm_ltm.merging.merge import (
     dense_mask,
     even_columns,
     merge,
-    merge_ordered,
     order_by_redundancy,
     take,
     take_columns,
-    with_prefix,
 )
 from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast, pool_slots
 
@@ -116,11 +114,6 @@ class TokenMerger(nn.Module):
             self.proj = nn.Linear(dim, d, bias=False, **dd) if config.cluster_dim else nn.Identity()
             self.mlp_fc1 = nn.Identity() if config.cluster_dim else nn.Linear(dim, dim, **dd)
             self.mlp_fc2 = nn.Linear(d, d, **dd)
-            if not config.num_clusters and num_classes < 2:
-                raise ValueError(
-                    f"num_clusters: got 0 with num_classes={num_classes}, expected 2 classes or more. "
-                    "Give num_clusters a number."
-                )
             self.clusters = self._new_clusters(num_classes, **dd)
             running = (num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
             running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
@@ -129,7 +122,7 @@ class TokenMerger(nn.Module):
         self.reset_parameters()
 
     def _new_clusters(self, num_classes: int, **dd: Any) -> Clusters:
-        A = self.config.num_clusters or num_classes
+        A = self.config.num_clusters or max(num_classes, 2)  # without a head, a checkpoint tells: see fit_clusters
         return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.labels == "true", **dd)
 
     def reset_parameters(self) -> None:
@@ -147,6 +140,12 @@ class TokenMerger(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def fit_clusters(self, saved: Tensor) -> None:
+        """Before loading without a head: as many clusters as the checkpoint was trained with."""
+        C = self.clusters.centroids
+        if not self.config.num_clusters and saved.shape[0] != C.shape[0]:
+            self.clusters = self._new_clusters(saved.shape[0], device=C.device, dtype=C.dtype)
 
     def reset_classes(self, num_classes: int) -> None:
         """A new head: what is tied to the old classes is forgotten until the next refresh, the rest stays."""
@@ -263,8 +262,7 @@ class TokenMerger(nn.Module):
         """A selection plus dense rows for the tokens that lose their slot."""
         with torch.no_grad():
             order = order_by_redundancy(unit, P)
-        unit, unmerged = take(unit, order), z
-        z = take(z, with_prefix(order, num_prefix))  # in order from here on: anchors, then the others
+        unit = take(unit, order)  # in order: anchors, then the others
         values, mlp = self._values(z, num_prefix) if self.updates else (None, None)
         with no_autocast(z):
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
@@ -272,23 +270,22 @@ class TokenMerger(nn.Module):
             mask, size = anchored_mask(order, similarity, state.size)
             carried = None
             if values is not None and mlp is not None:
-                merged = merge_ordered(values, mask.own, mask.rest)  # X~(G^(l-1))
+                merged = merge(values, mask)  # X~(G^(l-1))
                 of_cells, of_slots = self._slot_direction(merged, cells, size)
                 if observe:
-                    return unmerged, mask, state
-                own, rest = self._anchored_update(self._step * mlp, of_cells, of_slots, order, cells)
-                if self.config.carry_mask:
-                    if state.carried is not None:
-                        query, key = take(state.carried, order).chunk(2, dim=2)
-                        own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
-                        rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
-                    carried = self._step * mlp
+                    return z, mask, state
+                mlp = self._step * mlp
+                own, rest = self._anchored_update(mlp, of_cells, of_slots, order, cells)
+                if self.config.carry_mask and state.carried is not None:
+                    query, key = take(state.carried, order).chunk(2, dim=2)
+                    own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
+                    rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
                 mask, size = anchored_mask(order, similarity, state.size, own, rest)
-                if carried is not None:  # the update as factors: rows (queries) merged, columns (keys) as they are
-                    carried = torch.cat((merge_ordered(carried, mask.own, mask.rest), of_slots), dim=2)
+                if self.config.carry_mask:  # as factors: rows (queries) travel by merging, columns (keys) as they are
+                    carried = torch.cat((merge(mlp, mask), of_slots), dim=2)
         if observe:
-            return unmerged, mask, state
-        return merge_ordered(z, mask.own, mask.rest, num_prefix), mask, MergeState(size, cells, carried, state.trace)
+            return z, mask, state
+        return merge(z, mask, num_prefix), mask, MergeState(size, cells, carried, state.trace)
 
     def _anchored_update(
         self, mlp: Tensor, of_cells: Tensor, of_slots: Tensor, order: Tensor, cells: Tensor | None
@@ -296,9 +293,9 @@ class TokenMerger(nn.Module):
         """Eq. 3 where the mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P)."""
         P = of_slots.shape[1]
         if self.running_update is None:
+            mlp = take(mlp, order)
             return (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
-        by_index = take(mask_update(mlp, of_cells, 1.0), order.argsort(dim=1))  # B N c: tokens of all images align
-        update = take(self._batch_mean(by_index), order)
+        update = take(self._batch_mean(mask_update(mlp, of_cells, 1.0)), order)  # B N c, aligned by token index
         columns = torch.arange(P, device=mlp.device).expand(mlp.shape[0], -1) if cells is None else cells
         own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
         return own, take_columns(update[:, P:], columns)

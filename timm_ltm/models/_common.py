@@ -31,6 +31,11 @@ def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 def _fill_in(model: LTMModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading: a plain timm checkpoint gets the model's own values for what LTM adds, and so loads strictly."""
+    if model.num_classes < 2:
+        for name, merger in model.mergers():
+            saved = state_dict.get(f"{prefix}{name}.clusters.centroids")
+            if saved is not None:
+                merger.fit_clusters(saved)
     own = {f"{prefix}{name}": value for name, value in model.state_dict().items() if ".merger." in name}
     if not any(name in state_dict for name in own):  # else trained with LTM: what is missing is an error
         state_dict.update(own)
@@ -42,6 +47,8 @@ def _read_epoch_after_loading(model: LTMModel, _: Any) -> None:
 
 def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
     """Pretrained weights for another number of classes: what is tied to it starts anew, as timm's head does."""
+    if model.num_classes < 2 and not model.merge_config.num_clusters:
+        return state_dict  # nothing to be tied to: the clusters are the checkpoint's
     tied = ".clusters.log_q" if model.merge_config.num_clusters else ".merger.clusters."
     own = {name: value for name, value in model.state_dict().items() if tied in name}
     if all(state_dict[name].shape == value.shape for name, value in own.items() if name in state_dict):

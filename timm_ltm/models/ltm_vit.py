@@ -11,7 +11,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import register_notrace_function, to_2tuple
+from timm.layers import Attention, register_notrace_function, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -52,11 +52,35 @@ def _no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
+class LTMAttention(Attention):
+    """timm's attention, that can return its keys: a forward of its own, because no hook of timm's gives them."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_keys: bool = False
+    ) -> Any:
+        """timm's forward; with ``return_keys`` also the mean over heads of the keys (B, N, K), without gradient."""
+        if not return_keys:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 B heads N K
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            y = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        y = self.norm(y.transpose(1, 2).reshape(B, N, self.attn_dim))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y)), k.detach().mean(dim=1)
+
+
 class LTMBlock(Block):
     """timm's block, with tokens merged between attention and MLP where it has a ``merger``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, attn_layer: Any = Attention, **kwargs: Any) -> None:
+        attn_layer = LTMAttention if attn_layer in (Attention, "", "attn") else attn_layer
+        super().__init__(*args, attn_layer=attn_layer, **kwargs)
         self.merger: TokenMerger | None = None
         self.num_prefix_tokens = 0
 
@@ -79,8 +103,14 @@ class LTMBlock(Block):
             x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return x if state is None else (x, state)
         h = self.norm1(x)
-        z = x + self.drop_path1(self.ls1(self.attn(h)))
-        keys = self._mean_keys(h) if self.merger.needs_keys else None
+        keys = None
+        if not self.merger.needs_keys:
+            attended = self.attn(h)
+        elif isinstance(self.attn, LTMAttention):
+            attended, keys = self.attn(h, return_keys=True)
+        else:
+            attended, keys = self.attn(h), self._mean_keys(h)
+        z = x + self.drop_path1(self.ls1(attended))
         inputs = x if self.merger.starts_mask else None
         if observe:
             with torch.no_grad():
@@ -90,18 +120,14 @@ class LTMBlock(Block):
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
 
     def _mean_keys(self, h: Tensor) -> Tensor:
-        """Attention keys averaged over heads (B, N, K), as ToMe compares: one small product with the mean weights.
-
-        No gradient: anchors are chosen, not learned, and the sharp similarity would magnify it.
-        """
-        with torch.no_grad():
-            _, key_weight, _ = self.attn.qkv.weight.chunk(3)
-            head_dim = self.attn.head_dim
-            weight = key_weight.unflatten(0, (-1, head_dim)).mean(dim=0)  # (heads K) D -> K D
-            bias = self.attn.qkv.bias
-            if bias is not None:
-                bias = bias.chunk(3)[1].unflatten(0, (-1, head_dim)).mean(dim=0)
-            return F.linear(h, weight, bias)
+        """For attention of another kind: keys averaged over heads (B, N, K) by one product with the mean weights."""
+        _, key_weight, _ = self.attn.qkv.weight.detach().chunk(3)  # detach: torch.fx does not record no_grad
+        head_dim = self.attn.head_dim
+        weight = key_weight.unflatten(0, (-1, head_dim)).mean(dim=0)  # (heads K) D -> K D
+        bias = self.attn.qkv.bias
+        if bias is not None:
+            bias = bias.detach().chunk(3)[1].unflatten(0, (-1, head_dim)).mean(dim=0)
+        return F.linear(h.detach(), weight, bias)
 
 
 class LTMVisionTransformer(LTMModel, VisionTransformer):
@@ -167,7 +193,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's, with tokens merged: (B, prefix + P, D). Merging off, it is timm's."""
-        observe = not self.merging and self.collecting and self.training
+        observe = not self.merging and self.collecting and self.training and attn_mask is None and not is_causal
         if not self.merging and not observe:
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._keep_parameters_in_graph(x)
