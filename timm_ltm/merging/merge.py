@@ -27,7 +27,7 @@ __all__ = [
     "unmerge",
 ]
 
-_TINY = 1e-20  # a sharp softmax leaves denormal numbers, with which CPUs multiply many times slower
+_FLOOR = -40.0  # of logits below the largest: a sharp softmax leaves denormal numbers, with which CPUs crawl
 _BOUND = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
 
 
@@ -154,7 +154,7 @@ def anchored_mask(
     if update_rest is not None:
         update_rest = update_rest.clamp(-_BOUND, _BOUND)
         similarity = similarity + update_rest
-    to = (similarity.softmax(dim=2) - _TINY).clamp_min(0.0)
+    to = (similarity - similarity.amax(dim=2, keepdim=True)).clamp_min(_FLOOR).softmax(dim=2)
     rest = size_rest.unsqueeze(2) * to
     merged_size = total = own + rest.sum(dim=1)
     if update_own is not None and update_rest is not None:

@@ -214,7 +214,7 @@ class TokenMerger(nn.Module):
         config = self.config
         return self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
 
-    def _values(self, z: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    def _values(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What is clustered and MLP(Z), (B, N, d) each.
 
         What is clustered are the tokens themselves, or a projection of them with every token normalised.
@@ -225,7 +225,7 @@ class TokenMerger(nn.Module):
         values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
         # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
         mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
-        return at_least_float32(values[:, num_prefix:]), at_least_float32(mlp[:, num_prefix:])
+        return at_least_float32(values), at_least_float32(mlp)
 
     def _slot_direction(self, features: Tensor, cells: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
         """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d), as Eq. 3 takes it."""
@@ -263,26 +263,27 @@ class TokenMerger(nn.Module):
         with torch.no_grad():
             order = order_by_redundancy(unit, P)
         unit = take(unit, order)  # in order: anchors, then the others
-        values, mlp = self._values(z, num_prefix) if self.updates else (None, None)
+        values, mlp = self._values(z) if self.updates else (None, None)
         with no_autocast(z):
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
             cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
             mask, size = anchored_mask(order, similarity, state.size)
             carried = None
             if values is not None and mlp is not None:
-                merged = merge(values, mask)  # X~(G^(l-1))
+                merged = merge(values, mask, num_prefix)[:, num_prefix:]  # X~(G^(l-1))
                 of_cells, of_slots = self._slot_direction(merged, cells, size)
                 if observe:
                     return z, mask, state
-                mlp = self._step * mlp
-                own, rest = self._anchored_update(mlp, of_cells, of_slots, order, cells)
+                mlp = take(mlp, order + num_prefix)
+                own, rest = self._anchored_update(mlp, of_cells, of_slots * self._step, order, cells)
                 if self.config.carry_mask and state.carried is not None:
                     query, key = take(state.carried, order).chunk(2, dim=2)
                     own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
                     rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
                 mask, size = anchored_mask(order, similarity, state.size, own, rest)
                 if self.config.carry_mask:  # as factors: rows (queries) travel by merging, columns (keys) as they are
-                    carried = torch.cat((merge(mlp, mask), of_slots), dim=2)
+                    mlp = merge(take(mlp, order.argsort(dim=1)), mask)
+                    carried = torch.cat((mlp, of_slots * self._step), dim=2)
         if observe:
             return z, mask, state
         return merge(z, mask, num_prefix), mask, MergeState(size, cells, carried, state.trace)
@@ -293,9 +294,9 @@ class TokenMerger(nn.Module):
         """Eq. 3 where the mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P)."""
         P = of_slots.shape[1]
         if self.running_update is None:
-            mlp = take(mlp, order)
             return (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
-        update = take(self._batch_mean(mask_update(mlp, of_cells, 1.0)), order)  # B N c, aligned by token index
+        by_index = take(mask_update(mlp, of_cells, self._step), order.argsort(dim=1))  # B N c: images align
+        update = take(self._batch_mean(by_index), order)
         columns = torch.arange(P, device=mlp.device).expand(mlp.shape[0], -1) if cells is None else cells
         own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
         return own, take_columns(update[:, P:], columns)
@@ -313,7 +314,7 @@ class TokenMerger(nn.Module):
         """Every entry of the N x P mask."""
         config = self.config
         first = self._first_logits(X) if self.starts_mask else None
-        values, mlp = self._values(z, num_prefix) if self.updates else (None, None)
+        values, mlp = self._values(z[:, num_prefix:]) if self.updates else (None, None)
         with no_autocast(z):
             if unit is not None:
                 with torch.no_grad():

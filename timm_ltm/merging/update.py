@@ -21,6 +21,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -119,8 +120,8 @@ def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[
     Returns:
         The pooled features (B, c, d), zero for a cell without slots, and the pooling weights (B, P, c).
     """
-    inside = cells.unsqueeze(2) == torch.arange(num_cells, device=cells.device)  # B P c; no scatter
-    weights = inside.to(size.dtype) * size.unsqueeze(2)
+    one_hot = F.embedding(cells, torch.eye(num_cells, dtype=size.dtype, device=size.device))  # B P c; no scatter
+    weights = one_hot * size.unsqueeze(2)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
     return weights.transpose(1, 2) @ x, weights
 
