@@ -3,7 +3,7 @@
     python benchmarks/cost.py --batch 8 --rounds 10
 
 Models of a family share one process and take turns in every round, in an order drawn anew: a machine that slows down
-slows all of them. Weights are random: nothing in a forward pass is cut short by their values.
+slows all of them. Weights are random.
 """
 
 from __future__ import annotations

@@ -227,17 +227,23 @@ class TokenMerger(nn.Module):
         mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
         return at_least_float32(values), at_least_float32(mlp)
 
-    def _slot_direction(self, features: Tensor, cells: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
-        """dir at merged features (B, P, d): of the cells (B, c, d) and of the slots (B, P, d), as Eq. 3 takes it."""
-        pooled = features if cells is None else pool_slots(features, cells, self.num_cells, size)[0]
+    def _direction(self, values: Tensor, state: MergeState, merged: Tensor | None) -> Tensor:
+        """dir of Eq. 3 (B, c, d), one per cell, at X~(G^(l-1)).
+
+        This block's tokens are the slots of the block before: pooled onto cells, they are the merged features that
+        Eq. 3 starts from. With one cell per slot those are ``merged`` (B, P, d), by the mask without the update.
+        """
+        pooled = merged
+        if state.cells is not None:
+            pooled, _ = pool_slots(values, state.cells, self.num_cells, state.size)
+        assert pooled is not None, "one cell per slot needs merged features"
         flat = pooled.flatten(1)  # B (c d)
         if self.training and self.collecting:
             self.features = flat.detach()
         labels = self.labels if self.training else None
         if labels is not None and labels.shape[0] != flat.shape[0]:
             raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
-        of_cells = self.clusters(flat, labels).view(pooled.shape)
-        return of_cells, of_cells if cells is None else take(of_cells, cells)
+        return self.clusters(flat, labels).view(pooled.shape)
 
     @property
     def _step(self) -> Tensor:
@@ -267,23 +273,23 @@ class TokenMerger(nn.Module):
         with no_autocast(z):
             similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
             cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
-            mask, size = anchored_mask(order, similarity, state.size)
-            carried = None
+            own = rest = carried = None
             if values is not None and mlp is not None:
-                merged = merge(values, mask, num_prefix)[:, num_prefix:]  # X~(G^(l-1))
-                of_cells, of_slots = self._slot_direction(merged, cells, size)
-                if observe:
-                    return z, mask, state
+                values = values[:, num_prefix:]
+                merged = merge(values, anchored_mask(order, similarity, state.size)[0]) if cells is None else None
+                of_cells = self._direction(values, state, merged)
+                of_slots = of_cells if cells is None else take(of_cells, cells)
                 mlp = take(mlp, order + num_prefix)
-                own, rest = self._anchored_update(mlp, of_cells, of_slots * self._step, order, cells)
+                if not observe:
+                    own, rest = self._anchored_update(mlp, of_cells, of_slots * self._step, order, cells)
                 if self.config.carry_mask and state.carried is not None:
                     query, key = take(state.carried, order).chunk(2, dim=2)
                     own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
                     rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
-                mask, size = anchored_mask(order, similarity, state.size, own, rest)
-                if self.config.carry_mask:  # as factors: rows (queries) travel by merging, columns (keys) as they are
-                    mlp = merge(take(mlp, order.argsort(dim=1)), mask)
-                    carried = torch.cat((mlp, of_slots * self._step), dim=2)
+            mask, size = anchored_mask(order, similarity, state.size, own, rest)
+            if self.config.carry_mask and mlp is not None:
+                # the update as factors: rows (queries) travel by merging, columns (keys) as they are
+                carried = torch.cat((merge(take(mlp, order.argsort(dim=1)), mask), of_slots * self._step), dim=2)
         if observe:
             return z, mask, state
         return merge(z, mask, num_prefix), mask, MergeState(size, cells, carried, state.trace)
@@ -340,9 +346,9 @@ class TokenMerger(nn.Module):
                 slot_cells = slot_cells.gather(1, index)
             update = None
             if values is not None and mlp is not None:
-                features = weights.transpose(1, 2) @ values  # X~(G^(l-1)) = G^T Z
-                slot_size = (state.size.unsqueeze(1) @ weights).squeeze(1)
-                _, of_slots = self._slot_direction(features, slot_cells, slot_size)
+                merged = weights.transpose(1, 2) @ values if slot_cells is None else None  # G^T Z
+                of_cells = self._direction(values, state, merged)
+                of_slots = of_cells if slot_cells is None else take(of_cells, slot_cells)
                 if not observe:
                     update = self._batch_mean(mask_update(mlp, of_slots, self._step))  # Eq. 3
             if config.first_mask == "anchors" and previous is not None:
