@@ -127,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--merge-warmup-epochs", type=int, default=12, help="epochs of plain training first")
-    parser.add_argument("--compression-ratio", type=float, default=0.9)
+    parser.add_argument(
+        "--compression-ratio", type=float, nargs="+", default=[1.0, 0.7] * 3, help="one number, or one per block (6)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="how many runs; 3 for mean and spread")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     args = parser.parse_args()
@@ -141,7 +143,7 @@ def main() -> None:
         torch.manual_seed(seed)
         ltm = timm.create_model(
             "ltm_vit_test",
-            compression_ratio=args.compression_ratio,
+            compression_ratio=args.compression_ratio if len(args.compression_ratio) > 1 else args.compression_ratio[0],
             merge_warmup_epochs=args.merge_warmup_epochs,
             **SHAPE,
         )

@@ -49,11 +49,15 @@ def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
     """Pretrained weights for another number of classes: what is tied to it starts anew, as timm's head does."""
     if model.num_classes < 2 and not model.merge_config.num_clusters:
         return state_dict  # nothing to be tied to: the clusters are the checkpoint's
-    tied = ".clusters.log_q" if model.merge_config.num_clusters else ".merger.clusters."
-    own = {name: value for name, value in model.state_dict().items() if tied in name}
-    if all(state_dict[name].shape == value.shape for name, value in own.items() if name in state_dict):
-        return state_dict
-    return {**state_dict, **own}
+    state_dict, own = dict(state_dict), model.state_dict()
+    for name, _ in model.mergers():
+        saved = {key: state_dict[key] for key in own if key.startswith(f"{name}.clusters.") and key in state_dict}
+        log_q, centroids = f"{name}.clusters.log_q", f"{name}.clusters.centroids"
+        if not model.merge_config.num_clusters and centroids in saved and len(saved[centroids]) != model.num_classes:
+            state_dict.update({key: own[key] for key in saved})
+        elif log_q in saved and saved[log_q].shape[1] != model.num_classes:
+            state_dict[log_q] = own[log_q]
+    return state_dict
 
 
 class LTMModel(nn.Module):
