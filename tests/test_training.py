@@ -134,8 +134,9 @@ def test_soft_targets_and_class_indices_agree(digits):
         torch.testing.assert_close(value, cluster_state(hard)[name])
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_a_resumed_run_is_the_run_never_stopped(digits, warmup):
+@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_resumed_run_is_the_run_never_stopped(digits, warmup, stop):
     x, y = digits
 
     def continued(stop_after):
@@ -146,14 +147,14 @@ def test_a_resumed_run_is_the_run_never_stopped(digits, warmup):
             if epoch == stop_after:
                 saved = {name: value.clone() for name, value in model.state_dict().items()}
                 model = make(seed=9, merge_warmup_epochs=warmup)
+                refresh = timm_ltm.ClusterRefresh(model)  # as under timm's train.py, before the checkpoint is loaded
                 model.load_state_dict(saved)
-                refresh = timm_ltm.ClusterRefresh(model)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             torch.manual_seed(epoch)
             run_epoch(model, refresh, x, y, optimizer=optimizer)
         return model
 
-    whole, resumed = continued(None), continued(1)
+    whole, resumed = continued(None), continued(stop)
     assert resumed.epoch == whole.epoch == 4
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, resumed.state_dict()[name], rtol=0, atol=0)
@@ -255,15 +256,71 @@ def test_an_ema_copy_follows(digits):
     model = make(merge_warmup_epochs=1)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     task.setup_ema(decay=0.5)
-    model.train()
-    task(x[:64], y[:64])
-    model.eval()
-    task.update_ema(step=1)
-    ema = task.get_eval_model(ema=True).eval()
-    assert isinstance(ema, ModelEmaV3)
-    assert ema.module.merging
-    assert ema.module.epoch == 1
+    for epoch in range(2):
+        model.train()
+        task(x[:64], y[:64])
+        task.update_ema(step=1)
+        model.eval()
+        ema = task.get_eval_model(ema=True).eval()
+        assert isinstance(ema, ModelEmaV3)
+        assert ema.module.merging
+        assert ema.module.epoch == epoch + 1
+        for name, value in cluster_state(model).items():
+            if "clusters" in name:  # those of the epoch, not a mean of old and new ones
+                assert torch.equal(value, ema.module.get_buffer(name)), name
     assert ema(x[:4]).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_exact_under_autocast(digits, dtype):
+    x, y = digits
+    torch.manual_seed(0)
+    features = torch.randn(len(x), 16 * 16)
+    reports = []
+    for enabled in (False, True):
+        model = make()
+        refresh = timm_ltm.ClusterRefresh(model)
+        model.train()
+        for _ in range(2):
+            for _, merger in model.mergers():
+                merger.features = features
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                refresh.step(y)
+            refresh.epoch_end()
+        reports.append(cluster_state(model))
+    for name, value in reports[0].items():
+        assert torch.equal(value, reports[1][name]), name
+
+
+def test_a_new_head_after_attaching(digits):
+    x, y = digits
+    model = make(num_clusters=0)
+    refresh = timm_ltm.ClusterRefresh(model)
+    run_epoch(model, refresh, x, y)
+    model.reset_classifier(5)
+    run_epoch(model, refresh, x, y % 5)
+    for _, merger in model.mergers():
+        assert merger.clusters.centroids.shape[0] == 5
+        assert merger.clusters.centroids.any()
+
+
+@pytest.mark.parametrize("name", timm.list_models("ltm_vit_*"))
+def test_the_papers_preset_goes_before_a_variants_defaults(name):
+    model = timm.create_model(name, preset="paper", num_classes=3, device="meta")
+    for field, value in timm_ltm.PAPER.items():
+        assert getattr(model.merge_config, field) == value, field
+    ratio = timm.create_model(name, preset="paper", compression_ratio=0.8, num_classes=3, device="meta").merge_config
+    assert ratio.compression_ratio == 0.8
+
+
+def test_patch_dropout_keeps_cells_by_position(digits):
+    x, _ = digits
+    model = make(patch_drop_rate=0.5).train()
+    torch.manual_seed(0)
+    _, state, _ = model._embed(x[:8])
+    assert state.cells.shape == (8, 32)
+    assert all(row.unique().numel() > 10 for row in state.cells)
+    assert model(x[:8]).isfinite().all()
 
 
 def test_importing_leaves_no_hook_and_attaching_takes_it_away():

@@ -12,7 +12,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -58,48 +57,57 @@ class ClusterRefresh:
         if len(models) != 1:
             raise ValueError(f"model: got {len(models)} LTM models in {type(model).__name__}, expected one.")
         self.model = models[0]
-        K = self.model.num_classes if num_classes is None else num_classes
-        if K < 1:
-            raise ValueError(f"num_classes: got {K}, expected 1 or more. Give the number of classes of the targets.")
-        config = self.model.merge_config
-        self.num_classes = K
-        self.running = {
-            name: RunningClusters(
-                merger.clusters,
-                K,
-                temperature=config.temperature,
-                normalize=config.update_scale == "normalized",
-                reservoir=reservoir,
-                seed=seed + index,
-            )
-            for index, (name, merger) in enumerate(self.model.mergers())
-            if merger.updates
-        }
+        self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
         self.mergers = dict(self.model.mergers())
+        self.running: dict[str, RunningClusters] = {}
         self.steps = 0  # training batches in this epoch
         self.skipped = 0  # images in all, left out for features that were not finite
         self.report: dict[str, dict[str, float]] = {}
+        self._classes()
         _pending.discard(self.model)
         _release()
-        self._begin_epoch()
+        self._set_collecting()
+        _common._on_loaded[self.model] = weakref.WeakMethod(self._set_collecting)
 
-    def _begin_epoch(self) -> None:
-        """Collect in merged epochs and in the last one of warm-up."""
-        self.steps = 0
+    def _classes(self) -> int:
+        """K, as it is now: the head may have been replaced."""
+        K = self.model.num_classes if self._given_classes is None else self._given_classes
+        if K < 1:
+            raise ValueError(f"num_classes: got {K}, expected 1 or more. Give the number of classes of the targets.")
+        return K
+
+    def _set_collecting(self) -> None:
+        """Collect in merged epochs and in the last one of warm-up: at an epoch's start, and after a checkpoint."""
+        if self.steps:
+            return
         self.model._read_epoch()
         wanted = self.model.epoch + 1 >= self.model.merge_config.merge_warmup_epochs
         self.model.collecting = wanted
-        for name, merger in self.mergers.items():
-            merger.collecting = wanted and name in self.running
+        for merger in self.mergers.values():
+            merger.collecting = wanted and merger.updates
             merger.features = merger.labels = None
-        for running in self.running.values():
-            running.clear(self.model.epoch)
+
+    def _begin_epoch(self) -> None:
+        """At an epoch's first batch, when the model is where and what it trains as."""
+        config = self.model.merge_config
+        self.running = {}
+        for index, (name, merger) in enumerate(self.mergers.items()):
+            if merger.collecting:
+                self.running[name] = RunningClusters(
+                    merger.clusters,
+                    self._classes(),
+                    temperature=config.temperature,
+                    normalize=config.update_scale == "normalized",
+                    reservoir=self._reservoir,
+                    seed=self._seed + index,
+                )
+                self.running[name].clear(self.model.epoch)
 
     def labels(self, targets: Tensor) -> None:
         """Before each forward pass: the labels that the literal Eq. 3 reads (``labels="true"``)."""
         if self.model.merge_config.labels == "true":
-            for name in self.running:
-                self.mergers[name].labels = targets
+            for merger in self.mergers.values():
+                merger.labels = targets
 
     @torch.no_grad()
     def step(self, targets: Tensor) -> None:
@@ -111,6 +119,8 @@ class ClusterRefresh:
         Raises:
             ValueError: The targets do not fit the batch or the number of classes.
         """
+        if not self.steps:
+            self._begin_epoch()
         self.steps += 1
         one_hot = self._one_hot(targets) if self.model.collecting else None
         for name, running in self.running.items():
@@ -125,13 +135,14 @@ class ClusterRefresh:
             running.add(features, one_hot)
 
     def _one_hot(self, targets: Tensor) -> Tensor:
-        if targets.ndim == 2 and targets.shape[1] == self.num_classes:
+        K = self._classes()
+        if targets.ndim == 2 and targets.shape[1] == K:
             return targets.float()
         if targets.ndim == 1 and not targets.is_floating_point():
-            return F.one_hot(targets, self.num_classes).float()
+            return (targets.unsqueeze(1) == torch.arange(K, device=targets.device)).float()  # no wait for the device
         raise ValueError(
             f"targets: got shape {tuple(targets.shape)} of {targets.dtype}, expected (B,) class indices or "
-            f"(B, {self.num_classes}) soft labels."
+            f"(B, {K}) soft labels."
         )
 
     def epoch_end(self) -> dict[str, dict[str, float]]:
@@ -141,8 +152,9 @@ class ClusterRefresh:
             For each block that merges: ``features``, ``entropy`` (mean entropy of phi over log A), ``skipped``,
             ``reseeded``.
         """
-        collected = self.running.items() if self.model.collecting else ()
-        self.report = {name: running.commit() for name, running in collected}
+        if not self.steps:
+            self._begin_epoch()  # a process without a batch still takes part
+        self.report = {name: running.commit() for name, running in self.running.items()}
         for merger in self.mergers.values():
             merger.epoch += 1
         skipped = int(max((report["skipped"] for report in self.report.values()), default=0))
@@ -152,11 +164,20 @@ class ClusterRefresh:
                 stacklevel=2,
             )
         self.skipped += skipped
-        self._begin_epoch()
+        self.steps, self.running = 0, {}
+        self._set_collecting()
         _logger.debug("clusters refreshed: %s", self.report)
         return self.report
 
-    def attach(self, task: nn.Module) -> None:
+    @torch.no_grad()
+    def _hand_on(self, ema: nn.Module | None) -> None:
+        """An EMA copy gets the committed clusters as they are: an average of old and new ones would be neither."""
+        for copy in [module for module in ema.modules() if isinstance(module, LTMModel)] if ema is not None else []:
+            for name, merger in copy.mergers():
+                for buffer, new in zip(merger.buffers(), self.mergers[name].buffers(), strict=True):
+                    buffer.copy_(new)
+
+    def attach(self, task: TrainingTask) -> None:
         """Be called by a timm task: targets from its forward calls, epochs from the model's train() and eval().
 
         The commit falls on the first train() or eval() after a training batch, so that what is validated and saved at
@@ -174,11 +195,13 @@ class ClusterRefresh:
         task.register_forward_pre_hook(before, with_kwargs=True)
         task.register_forward_hook(after, with_kwargs=True)
         refresh = weakref.ref(self)  # the task's hooks keep it alive, and with it the model
+        owner = weakref.ref(task)
 
         def on_mode(_: bool) -> None:
-            alive = refresh()
-            if alive is not None and alive.steps:
+            alive, task = refresh(), owner()
+            if alive is not None and task is not None and alive.steps:
                 alive.epoch_end()
+                alive._hand_on(task.get_trainable_module(ema=True))
 
         _common._on_mode[self.model] = on_mode
 

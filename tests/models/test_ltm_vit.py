@@ -107,7 +107,7 @@ class TestViT(ModelContract):
 
     def test_merged_tokens_are_the_masks_means(self):
         model, x = self.build(depth=1), self.images()
-        embedded, _ = model._embed(x)
+        embedded, _, _ = model._embed(x)
         block, (mask,) = model.blocks[0], model.forward_masks(x).masks
         z = embedded + block.attn(block.norm1(embedded))
         merged = torch.cat((z[:, :1], mask.transpose(1, 2) @ z[:, 1:]), dim=1)

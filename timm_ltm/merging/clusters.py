@@ -8,7 +8,6 @@ One letter per axis: B batch, n features, A clusters, K classes, F features of w
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -18,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ltm.merging.information import class_conditional
-from timm_ltm.merging.update import assign, at_least_float32, cluster_scores, direction, posterior_scores
+from timm_ltm.merging.update import assign, at_least_float32, cluster_scores, direction, no_autocast, posterior_scores
 
 __all__ = ["Clusters", "RunningClusters", "fit_temperature", "kmeans", "kmeans_plus_plus", "mean_entropy"]
-
-_logger = logging.getLogger(__name__)
 
 _SMOOTHING = 1.0  # Laplace's, added to every entry of Q's numerator
 _SCALE_FLOOR = 1e-4  # below this, clusters tell nothing of the class and the direction is noise
@@ -154,7 +151,7 @@ class Clusters(nn.Module):
                 raise ValueError(
                     f"{prefix}{name}: the checkpoint's clusters have shape {tuple(saved.shape)}, this model's have "
                     f"{tuple(buffer.shape)}. Create the model with the num_clusters, cluster_dim and cluster_grid the "
-                    f"checkpoint was trained with, or drop its '{prefix}*' entries and refresh."
+                    f"checkpoint was trained with, or delete all '{prefix}*' entries from it to start with new ones."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -185,9 +182,9 @@ class RunningClusters:
         self.clusters, self.num_classes = clusters, num_classes
         self.temperature, self.normalize = temperature, normalize
         self.size, self.seed = reservoir, seed
-        self.clear()
+        self.clear(0)
 
-    def clear(self, epoch: int = 0) -> None:
+    def clear(self, epoch: int) -> None:
         """Forget the sums; ``epoch`` numbers the one that begins, so that a resumed run draws as one never stopped."""
         A, F_ = self.clusters.centroids.shape
         device = self.clusters.centroids.device
@@ -209,7 +206,10 @@ class RunningClusters:
             x: (B, F) features. Rows that are not finite are left out and counted in ``skipped``.
             labels: (B, K) one-hot or soft.
         """
-        x, labels = x.float(), labels.float()
+        with no_autocast(x):
+            self._add(x.float(), labels.float())
+
+    def _add(self, x: Tensor, labels: Tensor) -> None:
         finite = x.isfinite().all(dim=1)
         self.skipped += (~finite).sum()
         x = torch.where(finite.unsqueeze(1), x, 0.0)
@@ -253,6 +253,10 @@ class RunningClusters:
         Returns:
             ``features``: how many were kept, ``entropy``: mean entropy of phi over log A, ``skipped``, ``reseeded``.
         """
+        with no_autocast(self.sums):
+            return self._commit()
+
+    def _commit(self) -> dict[str, float]:
         self.reduce()
         clusters = self.clusters
         labels = self.labels[: len(self.labels) - 1]

@@ -11,6 +11,7 @@ __all__ = ["PAPER", "PRESETS", "MergeConfig"]
 
 # The form the paper prints. "Eq. N" and sections are those of Wang & Yang, TPAMI 2025.
 PAPER: dict[str, Any] = dict(
+    compression_ratio=0.95,  # Section 3.1: one ratio, every block
     mask_form="dense",  # Section 3.1: G in R^{N x P}
     mask_softmax="tokens",  # Section 4.1: the weights of each merged token sum to 1
     first_mask="printed",  # Section 3.1: G^(1) = Softmax(f(X / tau))
@@ -57,7 +58,8 @@ class MergeConfig:
             columns are scaled to sum to 1. ``"tokens"``: softmax over the N tokens of each slot, as in the paper.
         first_mask: ``"anchors"``: similarity to the slots' anchors. ``"learned"``: sigmoid(f(X)) / tau.
             ``"printed"``: sigmoid(f(X / tau)), as in the paper. The last two need ``mask_form="dense"``.
-        carry_mask: Start a block's mask from that of the block before it (Eq. 2).
+        carry_mask: Start a block's mask from that of the block before it (Eq. 2). An anchored mask takes over the
+            update of that one block, as factors; a dense one all that went before.
         mask_mode: ``"sample"``: one mask per image. ``"batch"``: the batch's mean update, its running mean in eval.
         labels: ``"posterior"``: no labels, the expectation over the posterior that Q implies. ``"true"``: the label in
             training, as in Eq. 3 (the posterior in eval, where there is none).
@@ -95,6 +97,9 @@ class MergeConfig:
     momentum: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("merge_warmup_epochs", "num_clusters", "cluster_dim", "cluster_grid"):
+            if not isinstance(getattr(self, name), int):
+                raise _error(name, getattr(self, name), "a whole number", "Leave it out for the default.")
         for ratio in self.ratios:
             if not (isinstance(ratio, (int, float)) and 0.0 < ratio <= 1.0):
                 raise _error(
@@ -121,6 +126,8 @@ class MergeConfig:
             raise _error("tau", self.tau, "a number in (0, 1]", "A smaller one makes the first mask sharper.")
         if not 0 < self.momentum <= 1:
             raise _error("momentum", self.momentum, "a number in (0, 1]", "0.1 is BatchNorm's.")
+        if self.carry_mask and not self.update and self.first_mask == "anchors":
+            raise _error("carry_mask", True, "False with update=False", "Anchors are found anew in each block.")
         if self.mask_form == "anchored" and self.first_mask != "anchors":
             raise _error("first_mask", self.first_mask, "'anchors' with mask_form='anchored'", "Set mask_form='dense'.")
         if self.mask_form == "anchored" and self.mask_softmax != "slots":

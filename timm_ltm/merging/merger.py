@@ -52,21 +52,28 @@ def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tenso
 
 
 def initial_state(
-    x: Tensor, num_prefix: int, grid: tuple[int, int], cells: int, trace: list[Mask] | None = None
+    x: Tensor,
+    num_prefix: int,
+    grid: tuple[int, int],
+    cells: int,
+    kept: Tensor | None = None,
+    trace: list[Mask] | None = None,
 ) -> MergeState:
     """The state in front of the first block: every token stands for itself.
 
     Args:
         x: (B, num_prefix + N, D) tokens.
-        grid: (H, W). Where N is not H W (patch dropout), cells are bands of the token order.
+        grid: (H, W).
         cells: g, or 0 where nothing is pooled.
+        kept: (B, N) which of the H W patches are left, where some were dropped.
+        trace: Masks are appended here.
     """
     B, N = x.shape[0], x.shape[1] - num_prefix
     size = at_least_float32(x.new_ones(B, N))
     if not cells:
         return MergeState(size, None, trace=trace)
-    height, width = grid if grid[0] * grid[1] == N else (N, 1)
-    return MergeState(size, grid_cells(height, width, cells, x.device).expand(B, -1), trace=trace)
+    index = grid_cells(*grid, cells, x.device)
+    return MergeState(size, index.expand(B, -1) if kept is None else index[kept], trace=trace)
 
 
 class TokenMerger(nn.Module):
@@ -219,7 +226,7 @@ class TokenMerger(nn.Module):
 
         What is clustered are the tokens themselves, or a projection of them with every token normalised.
 
-        The normalisation is per token, before merging: merging stays linear in it and dir the exact gradient.
+        The normalisation is per token, before merging: merging and pooling stay linear in what is clustered.
         """
         values = self.proj(z)
         values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
@@ -228,10 +235,12 @@ class TokenMerger(nn.Module):
         return at_least_float32(values), at_least_float32(mlp)
 
     def _direction(self, values: Tensor, state: MergeState, merged: Tensor | None) -> Tensor:
-        """dir of Eq. 3 (B, c, d), one per cell, at X~(G^(l-1)).
+        """dir of Eq. 3 (B, c, d), one per cell.
 
-        This block's tokens are the slots of the block before: pooled onto cells, they are the merged features that
-        Eq. 3 starts from. With one cell per slot those are ``merged`` (B, P, d), by the mask without the update.
+        Eq. 3 starts from the features merged by the mask before. This block's tokens are the slots of the block
+        before: pooled onto cells they are those features, before this block merges. With one cell per slot they are
+        ``merged`` (B, P, d), by this block's mask without the update. A slot takes the direction of its cell; its
+        share in the pooling is left to the step size.
         """
         pooled = merged
         if state.cells is not None:

@@ -13,6 +13,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_ltm.merging import MergeConfig, TokenMerger
+from timm_ltm.merging.config import PRESETS
 
 __all__ = ["LTMModel", "fit_classes", "split_ltm_kwargs"]
 
@@ -20,12 +21,16 @@ register_notrace_module(TokenMerger)  # a leaf of FX graphs: its shapes are coun
 
 _LTM_ARGUMENTS = ("preset", *(field.name for field in dataclasses.fields(MergeConfig)))
 _on_created: list[Callable[[LTMModel], None]] = []  # training.py asks to be told of models to attach to
+_on_loaded: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod] = weakref.WeakKeyDictionary()
 _on_mode: weakref.WeakKeyDictionary[nn.Module, Callable[[bool], None]] = weakref.WeakKeyDictionary()
 
 
 def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """LTM's arguments and timm's, apart."""
+    """LTM's arguments and timm's, apart. ``ltm_defaults`` are a variant's own, which a preset goes before."""
     ltm = {name: value for name, value in kwargs.items() if name in _LTM_ARGUMENTS}
+    for name, value in kwargs.pop("ltm_defaults", {}).items():
+        if name not in PRESETS.get(ltm.get("preset", "default"), {}):
+            ltm.setdefault(name, value)
     return ltm, {name: value for name, value in kwargs.items() if name not in ltm}
 
 
@@ -37,12 +42,17 @@ def _fill_in(model: LTMModel, state_dict: dict[str, Any], prefix: str, *_: Any) 
             if saved is not None:
                 merger.fit_clusters(saved)
     own = {f"{prefix}{name}": value for name, value in model.state_dict().items() if ".merger." in name}
-    if not any(name in state_dict for name in own):  # else trained with LTM: what is missing is an error
-        state_dict.update(own)
+    plain = not any(name in state_dict for name in own)  # else trained with LTM: but for clusters, a gap is an error
+    for name, value in own.items():
+        if plain or ".clusters." in name:
+            state_dict.setdefault(name, value)
 
 
 def _read_epoch_after_loading(model: LTMModel, _: Any) -> None:
     model._read_epoch()
+    callback = _on_loaded[model]() if model in _on_loaded else None
+    if callback is not None:
+        callback()
 
 
 def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
@@ -123,7 +133,7 @@ class LTMModel(nn.Module):
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
         """Add zero times every LTM parameter: DistributedDataParallel wants gradients of all, also in warm-up."""
         if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-            for _, merger in self.mergers():
-                for parameter in merger.parameters():
-                    x = x + 0.0 * parameter.sum().to(x.dtype)
+            first = [p.flatten()[:1] for _, merger in self.mergers() for p in merger.parameters()]
+            if first:
+                x = x + 0.0 * torch.cat(first).sum().to(x.dtype)
         return x

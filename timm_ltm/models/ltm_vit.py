@@ -11,7 +11,8 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import Attention, register_notrace_function, to_2tuple
+from timm.layers import Attention, PatchDropout, register_notrace_function, to_2tuple
+from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -170,14 +171,15 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
                 first = False
             tokens = num_slots(tokens, ratio)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """timm's steps in front of the blocks, and the grid (H, W) of patches."""
+    def _embed(self, x: Tensor, trace: list[Mask] | None = None) -> tuple[Tensor, MergeState, tuple[int, int]]:
+        """timm's steps in front of the blocks, the tokens' state, and the grid (H, W) of patches."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
-        return self.norm_pre(x), grid
-
-    def _initial_state(self, x: Tensor, grid: tuple[int, int], trace: list[Mask] | None = None) -> MergeState:
-        return initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, trace)
+        x, kept = self._pos_embed(self.patch_embed(x)), None
+        if isinstance(self.patch_drop, PatchDropout):  # its function tells which patches are left
+            drop = self.patch_drop
+            x, kept = patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
+        state = initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, kept, trace)
+        return self.norm_pre(x), state, grid
 
     def _run(self, block: nn.Module, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
         if not self.grad_checkpointing or torch.jit.is_scripting():
@@ -198,8 +200,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._keep_parameters_in_graph(x)
         _no_attention_mask(attn_mask, is_causal)
-        x, grid = self._embed(x)
-        state = self._initial_state(x, grid)
+        x, state, _ = self._embed(x)
         for block in self.blocks:
             x, state = self._run(block, x, state, observe)
         x = self.norm(x)
@@ -231,9 +232,9 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'.")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._embed(x)
         trace: list[Mask] = []
-        state, back, seen = self._initial_state(x, grid, trace), None, 0
+        x, state, grid = self._embed(x, trace)
+        back, seen = None, 0
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x, state = self._run(block, x, state)
@@ -261,12 +262,11 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
     def forward_masks(self, x: Tensor) -> MergeMasks:
         """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the patch grid.
 
-        Merges whether merging is on or not: a model in warm-up shows what it would do.
+        Merges whether merging is on or not: a model in warm-up shows what it would do. For a model in eval mode.
         """
         blocks = [i for i, block in enumerate(self.blocks) if block.merger is not None]
-        x, grid = self._embed(x)
         trace: list[Mask] = []
-        state = self._initial_state(x, grid, trace)
+        x, state, grid = self._embed(x, trace)
         for block in self.blocks:
             x, state = block(x, state=state)
         masks = [mask.dense() for mask in trace]
@@ -349,9 +349,8 @@ def _create_ltm_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LT
 @register_model
 def ltm_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
     """LTM on ViT-Tiny (Vit-Ti/16). Every second block merges by default."""
-    model_args = dict(
-        patch_size=16, embed_dim=192, depth=12, num_heads=3, compression_ratio=(1.0, 0.92) * 6, cluster_dim=16
-    )
+    ltm_defaults = dict(compression_ratio=(0.93, 1.0) * 6, cluster_dim=16)
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, ltm_defaults=ltm_defaults)
     return _create_ltm_vit("ltm_vit_tiny_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -361,7 +360,8 @@ def ltm_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVis
 
     Every second block merges by default: at equal GMACs that is faster than merging a little in each.
     """
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, compression_ratio=(1.0, 0.92) * 6)
+    ltm_defaults = dict(compression_ratio=(0.93, 1.0) * 6)
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, ltm_defaults=ltm_defaults)
     return _create_ltm_vit("ltm_vit_small_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -372,14 +372,16 @@ def ltm_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LTMVisi
     Every second block merges by default. ``compression_ratio=0.863``, in every block, is the smaller budget: 8.30
     GFLOPs, 90.0 M parameters.
     """
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, compression_ratio=(1.0, 0.885) * 6)
+    ltm_defaults = dict(compression_ratio=(0.9, 1.0) * 6)
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, ltm_defaults=ltm_defaults)
     return _create_ltm_vit("ltm_vit_base_patch16_224", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ltm_vit_test(pretrained: bool = False, **kwargs: Any) -> LTMVisionTransformer:
     """LTM on timm's ``test_vit``: tiny, for tests."""
+    ltm_defaults = dict(cluster_dim=16)
     model_args = dict(
-        patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, dynamic_img_size=True, cluster_dim=16
+        patch_size=16, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, dynamic_img_size=True, ltm_defaults=ltm_defaults
     )
     return _create_ltm_vit("ltm_vit_test", pretrained=pretrained, **dict(model_args, **kwargs))
