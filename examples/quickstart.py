@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--merge-warmup-epochs", type=int, default=12, help="epochs of plain training first")
     parser.add_argument(
-        "--compression-ratio", type=float, nargs="+", default=[1.0, 0.7] * 3, help="one number, or one per block (6)"
+        "--compression-ratio", type=float, nargs="+", default=[0.7, 1.0] * 3, help="one number, or one per block (6)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many runs; 3 for mean and spread")
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
