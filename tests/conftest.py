@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.register_assert_rewrite("models.contract")
+pytest.register_assert_rewrite("models.contract", "models.exports")
 
 
 def pytest_configure():

@@ -7,10 +7,12 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.testing import assert_close
 
 from timm_ltm import ClusterRefresh
+from timm_ltm.models import LTMVisionTransformerDistilled
 
 from .contract import MODES, ModelContract
 
@@ -241,3 +243,22 @@ def test_registered_models_are_those_of_timm(name):
     shapes = {key: value.shape for key, value in model.state_dict().items() if ".merger." not in key}
     assert shapes == {key: value.shape for key, value in counterpart.state_dict().items()}
     assert list(model.mergers()), "it merges by default"
+
+
+def test_distillation_token():
+    """DeiT's two prefix tokens pass through unmerged; merging off, logits are timm's."""
+    kwargs = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    plain = VisionTransformerDistilled(**kwargs).eval()
+    model = LTMVisionTransformerDistilled(**kwargs, compression_ratio=0.5).eval()
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert model.forward_features(x).shape == (2, 2 + 2, 64)
+    assert [mask.shape for mask in model.forward_masks(x).masks] == [(2, 16, 8), (2, 8, 4), (2, 4, 2)]
+    model.set_merging(False)
+    assert torch.equal(model(x), plain(x))
+    model.set_merging(None)
+    model.set_distilled_training(True)
+    assert [head.shape for head in model.train()(x)] == [(2, 5), (2, 5)]
+    model.reset_classifier(7)
+    assert model.eval()(x).shape == (2, 7)

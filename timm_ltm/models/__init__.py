@@ -1,5 +1,5 @@
 """LTM models, registered with timm on import."""
 
-from timm_ltm.models.ltm_vit import LTMBlock, LTMVisionTransformer, MergeMasks
+from timm_ltm.models.ltm_vit import LTMBlock, LTMVisionTransformer, LTMVisionTransformerDistilled, MergeMasks
 
-__all__ = ["LTMBlock", "LTMVisionTransformer", "MergeMasks"]
+__all__ = ["LTMBlock", "LTMVisionTransformer", "LTMVisionTransformerDistilled", "MergeMasks"]

@@ -1,0 +1,93 @@
+"""Compilers and exporters: what was made of a model with a batch of two gives the model's output for others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import set_scriptable
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch.testing import assert_close
+
+# "slots": the paper's clusters (of every slot, in its own width) with the default mask. timm.create_model drops
+# arguments that are None, so only the preset gives these.
+_ANCHORED = {"mask_form": "anchored", "mask_softmax": "slots", "first_mask": "anchors", "mask_mode": "sample"}
+MODES = {
+    "default": {},
+    "update_off": {"update": False},
+    "dense": {"mask_form": "dense"},
+    "dense_carry": {"mask_form": "dense", "carry_mask": True},
+    "learned": {"mask_form": "dense", "first_mask": "learned"},
+    "paper": {"preset": "paper"},
+    "slots": {"preset": "paper", **_ANCHORED},
+    "carry": {"carry_mask": True},
+    "batch": {"mask_mode": "batch"},
+    "true_labels": {"labels": "true"},
+}
+
+
+class ExportContract:
+    """Part of the contract of every model; see ``contract.py``."""
+
+    def check_exported(self, exported, model):
+        x = self.images(5)
+        for batch in (1, 5):
+            assert_close(exported(x[:batch]), model(x[:batch]).detach(), rtol=1e-4, atol=1e-5)
+
+    def test_compile(self, x):
+        model = self.build(**self.shallow)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(x), model(x))
+        model.train()
+        compiled(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_trace(self, mode):
+        model = self.build(**self.shallow, **MODES[mode])
+        self.check_exported(torch.jit.trace(model, self.images(2), check_trace=False), model)
+
+    @pytest.mark.parametrize("mode", ["default", *(pytest.param(m, marks=pytest.mark.slow) for m in list(MODES)[1:])])
+    def test_export(self, mode):
+        model = self.build(**self.shallow, **MODES[mode])
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        self.check_exported(torch.export.export(model, (self.images(2),), dynamic_shapes=shapes).module(), model)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_onnx(self, mode, tmp_path):
+        self.check_onnx(self.build(**self.shallow, **MODES[mode]), tmp_path, dynamic_axes={"x": {0: "batch"}})
+
+    @pytest.mark.slow
+    def test_onnx_dynamo(self, tmp_path):
+        pytest.importorskip("onnxscript")
+        self.check_onnx(self.build(**self.shallow), tmp_path, dynamo=True, dynamic_shapes=({0: "batch"},))
+
+    def check_onnx(self, model, folder, dynamo=False, **axes):
+        runtime, file = pytest.importorskip("onnxruntime"), str(folder / "model.onnx")
+        names = {"input_names": ["x"], "output_names": ["y"]}
+        torch.onnx.export(model, (self.images(2),), file, dynamo=dynamo, verbose=False, **names, **axes)
+        session = runtime.InferenceSession(file)
+        self.check_exported(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model)
+
+    @pytest.mark.xfail(strict=True, reason="TorchScript cannot compile the merger; tracing and torch.export work")
+    @pytest.mark.filterwarnings("ignore")
+    def test_script(self):
+        with set_scriptable(True):
+            model = self.build(**self.shallow)
+        self.check_exported(torch.jit.script(model), model)
+
+    def test_fx(self, x):
+        extraction = pytest.importorskip("torchvision.models.feature_extraction")
+        model = self.build(**self.shallow)
+        leaves = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+        options = {**leaves, "param_shapes_constant": True}
+        last = extraction.get_graph_node_names(model, tracer_kwargs=options)[1][-1]
+        graph = extraction.create_feature_extractor(model, return_nodes=[last], tracer_kwargs=options)
+        self.check_exported(lambda x: graph(x)[last], model)
+        graph.train()(x)[last].square().sum().backward()
+        traced = {
+            name: p.grad.clone() for name, p in graph.named_parameters()
+        }  # the graph's parameters are the model's
+        model.zero_grad()
+        model.train()(x).square().sum().backward()
+        assert_close(traced, {name: p.grad for name, p in model.named_parameters()})
