@@ -45,7 +45,7 @@ def mask_figure(images: Tensor, masks: MergeMasks, path: str | Path | None = Non
     if not masks.accumulated:
         raise ValueError("masks: got none, expected a model that merges. Give it a compression_ratio below 1.")
     weights = masks.accumulated[layer].detach().float().cpu()  # B (H W) P
-    H, W = masks.grid
+    H, W = masks.grids[layer]
     B = len(images)
     patches = F.adaptive_avg_pool2d(images.detach().float().cpu(), (H, W)).flatten(2)  # B C (H W)
     merged = patches @ weights  # B C P

@@ -81,11 +81,7 @@ class ClusterRefresh:
         if self.steps:
             return
         self.model._read_epoch()
-        wanted = self.model.epoch + 1 >= self.model.merge_config.merge_warmup_epochs
-        self.model.collecting = wanted
-        for merger in self.mergers.values():
-            merger.collecting = wanted and merger.updates
-            merger.features = merger.labels = None
+        self.model.set_collecting(self.model.epoch + 1 >= self.model.merge_config.merge_warmup_epochs)
 
     def _begin_epoch(self) -> None:
         """At an epoch's first batch, when the model is where and what it trains as."""

@@ -183,4 +183,4 @@ def test_bad_settings(kwargs, words):
 
 def test_wrong_number_of_ratios():
     with pytest.raises(ValueError, match=r"got '3 ratios', expected one number or 4"):
-        MergeConfig(compression_ratio=(0.9, 0.9, 0.9)).ratios_for(4)
+        MergeConfig(compression_ratio=(0.9, 0.9, 0.9)).ratios_for([4])

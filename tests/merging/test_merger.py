@@ -66,14 +66,12 @@ MODES = [
 def test_two_blocks_in_every_mode(mode, prefix):
     first, second = build(**mode), build(ratio=0.75, num_tokens=12, first=False, seed=1, **mode)
     z, keys = inputs(prefix)
-    trace = []
-    state = state_of(z, first, prefix, trace=trace)
-    y, state = first(z, state, prefix, keys, inputs=z)
+    y, state = first(z, state_of(z, first, prefix), prefix, keys, inputs=z)
+    masks = [state.mask]
     assert y.shape == (B, prefix + 12, D)
     y, state = second(y, state, prefix, y[..., :3], inputs=y)
     assert y.shape == (B, prefix + 9, D)
-    assert len(trace) == 2
-    for mask in trace:
+    for mask in [*masks, state.mask]:
         G = mask.dense()
         torch.testing.assert_close(G.sum(dim=1), torch.ones_like(G[:, 0]))
         assert (G >= 0).all()
@@ -183,10 +181,9 @@ def test_observing_leaves_tokens_alone_and_keeps_features():
 def test_merging_is_the_mask_times_the_tokens():
     merger = build()
     z, keys = inputs(prefix=1)
-    trace = []
-    y, _ = merger(z, state_of(z, merger, 1, trace=trace), 1, keys)
-    torch.testing.assert_close(y[:, 1:], trace[0].dense().to(z.dtype).transpose(1, 2) @ z[:, 1:])
-    torch.testing.assert_close(merge(z, trace[0], 1), y)
+    y, state = merger(z, state_of(z, merger, 1), 1, keys)
+    torch.testing.assert_close(y[:, 1:], state.mask.dense().to(z.dtype).transpose(1, 2) @ z[:, 1:])
+    torch.testing.assert_close(merge(z, state.mask, 1), y)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

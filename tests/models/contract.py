@@ -371,10 +371,9 @@ class ModelContract(ExportContract):
     def test_masks(self, mode, x):
         model = self.build(**MODES[mode])
         masks = model.forward_masks(x)
-        patches = masks.grid[0] * masks.grid[1]
         assert len(masks.masks) == len(masks.accumulated) == len(masks.blocks) == len(list(model.mergers()))
-        for mask, accumulated in zip(masks.masks, masks.accumulated, strict=True):
-            assert accumulated.shape == (3, patches, mask.shape[2])
+        for mask, accumulated, (H, W) in zip(masks.masks, masks.accumulated, masks.grids, strict=True):
+            assert accumulated.shape == (3, H * W, mask.shape[2])
             for m in (mask, accumulated):
                 assert (m >= 0).all()
                 assert_close(m.sum(dim=1), torch.ones(3, m.shape[2]))

@@ -117,7 +117,7 @@ class TestViT(ModelContract):
 
     def test_masks_of_a_non_square_grid(self):
         masks = self.build().forward_masks(self.images(size=(32, 96)))
-        assert masks.grid == (2, 6)
+        assert masks.grids == [(2, 6)] * 6
         assert masks.blocks == [0, 1, 2, 3, 4, 5]
         assert [m.shape[2] for m in masks.masks] == [9, 7, 6, 5, 4, 3]
         assert [m.shape[1] for m in masks.masks] == [12, 9, 7, 6, 5, 4]

@@ -45,9 +45,9 @@ class MergeConfig:
     """Every setting of Learnable Token Merging (LTM), checked on construction.
 
     Args:
-        compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N). One number for all blocks,
-            or one per block; 1.0 means that this block does not merge. Of few tokens a ratio near 1
-            merges none: 0.95 of 19 are 19.
+        compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N), its H x W map into
+            ceil(H sqrt r) x ceil(W sqrt r). One number for all blocks, one per stage, or one per block; 1.0 means that
+            this block does not merge. Of few tokens a ratio near 1 merges none: 0.95 of 19 are 19.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
         num_clusters: A, clusters of merged features per block. 0: the number of classes.
         cluster_dim: d, width of the projection that is clustered and of the mask MLP. 0: the tokens themselves.
@@ -141,21 +141,29 @@ class MergeConfig:
         ratio = self.compression_ratio
         return tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,)
 
-    def ratios_for(self, depth: int) -> tuple[float, ...]:
-        """One ratio for each of ``depth`` blocks.
+    def ratios_for(self, depths: Sequence[int]) -> tuple[float, ...]:
+        """One ratio for each block of a model.
+
+        Args:
+            depths: Blocks of each stage; of a model without stages, one number.
 
         Raises:
-            ValueError: The number of ratios is neither 1 nor ``depth``.
+            ValueError: The number of ratios is neither 1, nor that of stages, nor that of blocks.
         """
-        ratios = self.ratios
-        if len(ratios) not in (1, depth):
-            raise _error(
-                "compression_ratio",
-                f"{len(ratios)} ratios",
-                f"one number or {depth}, one per block",
-                "Use 1.0 for blocks that must not merge.",
-            )
-        return ratios * depth if len(ratios) == 1 else ratios
+        ratios, blocks = self.ratios, sum(depths)
+        if len(ratios) == 1:
+            return ratios * blocks
+        if len(ratios) == blocks:
+            return ratios
+        if len(ratios) == len(depths):
+            return tuple(ratio for ratio, depth in zip(ratios, depths, strict=True) for _ in range(depth))
+        stages = f", {len(depths)}, one per stage," if len(depths) > 1 else ""
+        raise _error(
+            "compression_ratio",
+            f"{len(ratios)} ratios",
+            f"one number{stages} or {blocks}, one per block",
+            "Use 1.0 for blocks that must not merge.",
+        )
 
     @classmethod
     def from_kwargs(cls, preset: str = "default", **kwargs: Any) -> MergeConfig:

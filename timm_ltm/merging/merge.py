@@ -6,7 +6,7 @@ width, H W grid. A mask G (B, N, P) has non-negative weights and columns that su
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "AnchoredMask",
     "DenseMask",
+    "GridMask",
     "Mask",
     "anchored_mask",
     "dense_mask",
@@ -79,7 +80,39 @@ class DenseMask(NamedTuple):
         return self.to
 
 
-Mask = Union[AnchoredMask, DenseMask]
+class GridMask(NamedTuple):
+    """The mask of a map that stays a map: each row is merged from W to W' tokens, then each column from H to H'.
+
+    Attributes:
+        rows: Of the B H rows, None where they stay as they are.
+        columns: Of the B W' columns, None where they stay as they are.
+        grid: (H, W).
+    """
+
+    rows: AnchoredMask | None
+    columns: AnchoredMask | None
+    grid: tuple[int, int]
+
+    def dense(self) -> Tensor:
+        """G (B, H W, H' W')."""
+        return self._product(*(m.dense() if m is not None else None for m in (self.rows, self.columns)))
+
+    def destinations(self) -> Tensor:
+        """(B, H W, H' W'): the share of each token that goes to each slot, rows sum to 1."""
+        return self._product(*(m.destinations() if m is not None else None for m in (self.rows, self.columns)))
+
+    def _product(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        H, W = self.grid
+        if rows is None:
+            assert columns is not None
+            rows = torch.eye(W, dtype=columns.dtype, device=columns.device).expand(len(columns) // W * H, -1, -1)
+        if columns is None:
+            columns = torch.eye(H, dtype=rows.dtype, device=rows.device).expand(len(rows) // H * rows.shape[2], -1, -1)
+        rows, columns = rows.unflatten(0, (-1, H)), columns.unflatten(0, (-1, rows.shape[2]))  # B H W W', B W' H H'
+        return torch.einsum("bhwv,bvhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)
+
+
+Mask = Union[AnchoredMask, DenseMask, GridMask]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -186,17 +219,30 @@ def dense_mask(logits: Tensor, size: Tensor, softmax: str = "slots") -> tuple[De
     return DenseMask(weights, to), shares.sum(dim=1)
 
 
-def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
+def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
     """G^T x: merged tokens, the ``num_prefix`` first ones passed through.
 
     Args:
-        x: (B, num_prefix + N, D).
+        x: (B parts, num_prefix + N, D); a map is flattened, N = H W.
         mask: Of the N tokens behind the prefix.
-        num_prefix: Class, register and distillation tokens in front.
+        num_prefix: Class, register and distillation tokens in front. A map has none.
+        parts: Rows of ``x`` in a row that are merged alike.
 
     Returns:
-        (B, num_prefix + P, D).
+        (B parts, num_prefix + P, D).
     """
+    if isinstance(mask, GridMask):
+        (H, W), D = mask.grid, x.shape[2]
+        if mask.rows is not None:
+            x = merge(x.reshape(-1, W, D), _shared(mask.rows, H, parts))  # (B H) W D -> (B H) W' D
+            W = x.shape[1]
+        x = x.reshape(-1, H, W, D)
+        if mask.columns is not None:
+            x = x.transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
+            x = merge(x, _shared(mask.columns, W, parts))
+            x = x.reshape(-1, W, x.shape[1], D).transpose(1, 2)  # (B W') H' D -> B H' W' D
+        return x.flatten(1, 2)
+    mask = _shared(mask, 1, parts)
     if isinstance(mask, DenseMask):
         merged = mask.weights.to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
         return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
@@ -210,6 +256,15 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0) -> Tensor:
     kept, own = take(x, anchors), own.unsqueeze(2)
     kept = kept * own if torch.is_grad_enabled() else kept.mul_(own)
     return kept.baddbmm_(rest.transpose(1, 2), take(x, others))
+
+
+def _shared(mask: Any, lines: int, parts: int) -> Any:
+    """A mask of B ``lines`` lines for B ``parts`` ``lines`` of them: one for all parts of an image."""
+    if parts == 1:
+        return mask
+    # (B L) ... -> B 1 L ... -> (B S L) ...
+    grouped = (t.unflatten(0, (-1, lines)).unsqueeze(1) for t in mask)
+    return type(mask)(*(t.expand(-1, parts, *t.shape[2:]).flatten(0, 2) for t in grouped))
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:

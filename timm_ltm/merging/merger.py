@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_ltm.merging.clusters import Clusters
-from timm_ltm.merging.config import MergeConfig, num_slots
+from timm_ltm.merging.config import MergeConfig
+from timm_ltm.merging.mask_module import MaskModule, MergeState, count, slots_of
 from timm_ltm.merging.merge import (
     AnchoredMask,
     DenseMask,
-    Mask,
+    GridMask,
     anchored_mask,
     dense_mask,
     even_columns,
@@ -23,154 +22,51 @@ from timm_ltm.merging.merge import (
     take,
     take_columns,
 )
-from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast, pool_slots
+from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast
 
-__all__ = ["MergeState", "TokenMerger", "grid_cells", "initial_state"]
-
-
-class MergeState(NamedTuple):
-    """What travels with the tokens from block to block.
-
-    Attributes:
-        size: (B, N) how many input tokens each token stands for.
-        cells: (B, N) the cell of the coarse grid each token lies in, None where nothing is pooled.
-        carried: The previous block's mask or update (Eq. 2) with its rows merged already, if it is carried.
-        trace: Masks are appended here, if they are asked for.
-    """
-
-    size: Tensor
-    cells: Tensor | None
-    carried: Tensor | None = None
-    trace: list[Mask] | None = None
+__all__ = ["TokenMerger"]
 
 
-def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tensor:
-    """(H W,): the index of the cell of a coarse g x g grid in which each token of an H x W grid lies."""
-    rows = torch.arange(height, device=device) * cells // height
-    columns = torch.arange(width, device=device) * cells // width
-    return (rows.unsqueeze(1) * cells + columns).flatten()  # H W -> (H W)
-
-
-def initial_state(
-    x: Tensor,
-    num_prefix: int,
-    grid: tuple[int, int],
-    cells: int,
-    kept: Tensor | None = None,
-    trace: list[Mask] | None = None,
-) -> MergeState:
-    """The state in front of the first block: every token stands for itself.
-
-    Args:
-        x: (B, num_prefix + N, D) tokens.
-        grid: (H, W).
-        cells: g, or 0 where nothing is pooled.
-        kept: (B, N) which of the H W patches are left, where some were dropped.
-        trace: Masks are appended here.
-    """
-    B, N = x.shape[0], x.shape[1] - num_prefix
-    size = at_least_float32(x.new_ones(B, N))
-    if not cells:
-        return MergeState(size, None, trace=trace)
-    index = grid_cells(*grid, cells, x.device)
-    return MergeState(size, index.expand(B, -1) if kept is None else index[kept], trace=trace)
-
-
-class TokenMerger(nn.Module):
+class TokenMerger(MaskModule):
     """Merges the tokens of one block: anchors, information-bottleneck update, mask, merge.
+
+    A sequence of tokens is merged at once; a map (a state with a grid) by rows, then by columns, and stays a map. A
+    dense mask merges either at once.
 
     Args:
         dim: D.
-        num_tokens: N this block will see at the model's default input size. Only settings tied to a size use it.
-        ratio: r of Section 3.1, P = ceil(r N).
+        tokens: N, or (H, W), this block will see at the model's default input size. Only settings tied to a size use
+            it.
+        ratio: r of Section 3.1, P = ceil(r N); of a map (ceil(H sqrt r), ceil(W sqrt r)).
         config: The method's settings.
         num_classes: K, where the number of clusters or the literal Eq. 3 depends on it.
-        first: Whether this is the first block that merges.
+        first: Whether this is the first block that merges, of the model or of a stage.
+        parts: Rows of the input in a row that are of one image and merged alike (the pixels of MobileViT's patches).
+
+    Raises:
+        ValueError: Settings that a map cannot be merged with.
     """
 
     def __init__(
         self,
         dim: int,
-        num_tokens: int,
+        tokens: int | tuple[int, int],
         ratio: float,
         config: MergeConfig,
         num_classes: int = 0,
         first: bool = False,
+        parts: int = 1,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.ratio, self.config, self.first = ratio, config, first
-        self.num_tokens, self.num_slots = num_tokens, num_slots(num_tokens, ratio)
-        self.collecting = False  # set by ClusterRefresh: keep each training batch's features
-        self.features: Tensor | None = None  # (B, F), read and cleared by ClusterRefresh
-        self.labels: Tensor | None = None  # (B,) or (B, K), set by ClusterRefresh for labels="true"
-
-        self.starts_mask = config.first_mask != "anchors" and (first or not config.carry_mask)
-        self.updates = config.update and not (self.starts_mask and config.carry_mask)  # Eq. 2: l >= 2
-        if config.mask_form == "anchored" or config.first_mask == "anchors":
-            self.log_beta = nn.Parameter(torch.empty((), **dd))
-        if self.starts_mask:
-            self.mask_fc = nn.Linear(dim, self.num_slots, **dd)  # f of G^(1) = Softmax(f(X / tau))
-        self.num_cells = config.cluster_grid**2 or self.num_slots
-        if self.updates:
-            d = config.cluster_dim or dim
-            self.cluster_dim = d
-            self.eta = nn.Parameter(torch.empty((), **dd))
-            self.proj = nn.Linear(dim, d, bias=False, **dd) if config.cluster_dim else nn.Identity()
-            self.mlp_fc1 = nn.Identity() if config.cluster_dim else nn.Linear(dim, dim, **dd)
-            self.mlp_fc2 = nn.Linear(d, d, **dd)
-            self.clusters = self._new_clusters(num_classes, **dd)
-            running = (num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
-            running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
-            self.register_buffer("running_update", running_update)
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))  # epochs of training behind
-        self.reset_parameters()
-
-    def _new_clusters(self, num_classes: int, **dd: Any) -> Clusters:
-        A = self.config.num_clusters or max(num_classes, 2)  # without a head, a checkpoint tells: see fit_clusters
-        return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.labels == "true", **dd)
-
-    def reset_parameters(self) -> None:
-        """Initial values: timm's for ViT's linear layers, and no clusters or epochs yet."""
-        self.epoch.zero_()
-        with torch.no_grad():
-            if hasattr(self, "log_beta"):
-                self.log_beta.fill_(math.log(self.config.beta))
-            if self.updates:
-                self.eta.fill_(self.config.eta)
-                self.clusters.reset_parameters()
-                if self.running_update is not None:
-                    self.running_update.zero_()
-        for module in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def fit_clusters(self, saved: Tensor) -> None:
-        """Before loading without a head: as many clusters as the checkpoint was trained with."""
-        C = self.clusters.centroids
-        if not self.config.num_clusters and saved.shape[0] != C.shape[0]:
-            self.clusters = self._new_clusters(saved.shape[0], device=C.device, dtype=C.dtype)
-
-    def reset_classes(self, num_classes: int) -> None:
-        """A new head: what is tied to the old classes is forgotten until the next refresh, the rest stays."""
-        if not self.updates or num_classes < 2:
-            return
-        C, log_q = self.clusters.centroids, self.clusters.log_q
-        if not self.config.num_clusters:
-            self.clusters = self._new_clusters(num_classes, device=C.device, dtype=C.dtype)
-        elif log_q is not None:
-            self.clusters.log_q = log_q.new_zeros(log_q.shape[0], num_classes)
-
-    @property
-    def needs_keys(self) -> bool:
-        """Whether :meth:`forward` reads attention keys."""
-        return self.config.first_mask == "anchors"
-
-    def extra_repr(self) -> str:
-        return f"ratio={self.ratio}, form={self.config.mask_form}"
+        super().__init__(dim, tokens, ratio, config, num_classes, first, parts, device, dtype)
+        if isinstance(tokens, tuple) and config.mask_form == "anchored":
+            for name, wrong in (("carry_mask", config.carry_mask), ("cluster_grid", config.cluster_grid == 0)):
+                if wrong and config.update:
+                    raise ValueError(
+                        f"{name}: got {getattr(config, name)!r} for a map merged by rows and columns, expected "
+                        f"{MergeConfig.__dataclass_fields__[name].default!r}. Leave it out, or set mask_form='dense'."
+                    )
 
     def forward(
         self,
@@ -184,161 +80,135 @@ class TokenMerger(nn.Module):
         """Merge one block's tokens.
 
         Args:
-            z: Attention output with its shortcut (B, num_prefix + N, D).
+            z: Attention output with its shortcut (B parts, num_prefix + N, D).
             state: Of these tokens.
-            keys: (B, num_prefix + N, K) mean attention keys, where :attr:`needs_keys`.
-            inputs: X (B, num_prefix + N, D) the block's input, where the first mask is f(X).
+            keys: (B parts, num_prefix + N, K) mean attention keys, where :attr:`needs_keys`.
+            inputs: X (B parts, num_prefix + N, D) the block's input, where the first mask is f(X).
             observe: Leave the tokens as they are; only keep features for the clusters' refresh (warm-up).
 
         Returns:
-            Merged tokens (B, num_prefix + P, D) and their state.
+            Merged tokens (B parts, num_prefix + P, D) and their state.
         """
         N = z.shape[1] - num_prefix
-        P = self.num_slots if self.tied else num_slots(N, self.ratio)
         if self.tied and self.num_tokens != N and not observe:
             raise ValueError(
                 f"got {N} tokens, expected {self.num_tokens}: cluster_grid=0, first_mask={self.config.first_mask!r} "
                 f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "
                 "img_size, or with settings that are not tied to one."
             )
-        patches = slice(num_prefix, None)
+        slots = slots_of(N if state.grid is None else state.grid, self.ratio)
         unit = None
         if self.needs_keys:
             assert keys is not None, "anchors are compared by attention keys"
-            unit = F.normalize(at_least_float32(keys[:, patches]), dim=2)
-        if self.config.mask_form == "anchored":
-            merged, mask, state_after = self._anchored(z, state, num_prefix, P, unit, observe)
+            unit = F.normalize(at_least_float32(self._of_image(keys)[:, num_prefix:]), dim=2)
+        if self.config.mask_form == "dense":
+            X = self._of_image(inputs)[:, num_prefix:] if inputs is not None else None
+            mask, after = self._dense(z, state, num_prefix, slots, unit, X, observe)
+        elif isinstance(slots, tuple):
+            mask, after = self._lines(z, state, slots, unit, observe)
         else:
-            X = inputs[:, patches] if inputs is not None else None
-            merged, mask, state_after = self._dense(z, state, num_prefix, P, unit, X, observe)
-        if state.trace is not None and not observe:
-            state.trace.append(mask)
-        return merged, state_after
+            mask, after = self._anchored(z, state, num_prefix, slots, unit, observe)
+        return (z, after) if observe else (merge(z, mask, num_prefix, self.parts), after)
 
-    @property
-    def tied(self) -> bool:
-        """Whether settings tie this module to one number of tokens."""
-        config = self.config
-        return self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
-
-    def _values(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What is clustered and MLP(Z), (B, N, d) each.
-
-        What is clustered are the tokens themselves, or a projection of them with every token normalised.
-
-        The normalisation is per token, before merging: merging and pooling stay linear in what is clustered.
-        """
-        values = self.proj(z)
-        values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
-        # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
-        mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
-        return at_least_float32(values), at_least_float32(mlp)
-
-    def _direction(self, values: Tensor, state: MergeState, merged: Tensor | None) -> Tensor:
-        """dir of Eq. 3 (B, c, d), one per cell.
-
-        Eq. 3 starts from the features merged by the mask before. This block's tokens are the slots of the block
-        before: pooled onto cells they are those features, before this block merges. With one cell per slot they are
-        ``merged`` (B, P, d), by this block's mask without the update. A slot takes the direction of its cell; its
-        share in the pooling is left to the step size.
-        """
-        pooled = merged
-        if state.cells is not None:
-            pooled, _ = pool_slots(values, state.cells, self.num_cells, state.size)
-        assert pooled is not None, "one cell per slot needs merged features"
-        flat = pooled.flatten(1)  # B (c d)
-        if self.training and self.collecting:
-            self.features = flat.detach()
-        labels = self.labels if self.training else None
-        if labels is not None and labels.shape[0] != flat.shape[0]:
-            raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
-        return self.clusters(flat, labels).view(pooled.shape)
-
-    @property
-    def _step(self) -> Tensor:
-        """2 eta / T of Eq. 3, or eta where R has the rest in it."""
-        eta = at_least_float32(self.eta)
-        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.to(eta.dtype)
-
-    def _batch_mean(self, update: Tensor) -> Tensor:
-        """The sum over the minibatch of Eq. 3, as a mean: of the batch in training, the running one in eval."""
-        if self.running_update is None:
-            return update
-        if not self.training:
-            return self.running_update.to(update.dtype).expand_as(update)
-        mean = update.mean(dim=0)
+    def _anchors(self, unit: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The order (anchors, then the others), unit keys in it, and the logits (B, M, P) of others to anchors."""
         with torch.no_grad():
-            self.running_update.lerp_(mean.to(self.running_update.dtype), self.config.momentum)
-        return mean.expand_as(update)
+            order = order_by_redundancy(unit, P)
+        unit = take(unit, order)
+        beta = at_least_float32(self.log_beta).exp()
+        return order, unit, beta * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
 
     def _anchored(
         self, z: Tensor, state: MergeState, num_prefix: int, P: int, unit: Tensor, observe: bool
-    ) -> tuple[Tensor, AnchoredMask, MergeState]:
+    ) -> tuple[AnchoredMask | None, MergeState]:
         """A selection plus dense rows for the tokens that lose their slot."""
-        with torch.no_grad():
-            order = order_by_redundancy(unit, P)
-        unit = take(unit, order)  # in order: anchors, then the others
-        values, mlp = self._values(z) if self.updates else (None, None)
+        values, mlp = self._values(z, num_prefix)
         with no_autocast(z):
-            similarity = at_least_float32(self.log_beta).exp() * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
+            order, unit, similarity = self._anchors(unit, P)
             cells = state.cells.gather(1, order[:, :P]) if state.cells is not None else None
             own = rest = carried = None
             if values is not None and mlp is not None:
-                values = values[:, num_prefix:]
                 merged = merge(values, anchored_mask(order, similarity, state.size)[0]) if cells is None else None
-                of_cells = self._direction(values, state, merged)
-                of_slots = of_cells if cells is None else take(of_cells, cells)
-                mlp = take(mlp, order + num_prefix)
-                if not observe:
-                    own, rest = self._anchored_update(mlp, of_cells, of_slots * self._step, order, cells)
+                of_cells = self._direction(values, state, merged) * self._step
+                own, rest = _in_slots(self._batch_mean(mask_update(mlp, of_cells, 1.0)), order, cells, P)
                 if self.config.carry_mask and state.carried is not None:
                     query, key = take(state.carried, order).chunk(2, dim=2)
                     own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
                     rest = rest + query[:, P:] @ key[:, :P].transpose(1, 2)
+            if observe:
+                return None, state
             mask, size = anchored_mask(order, similarity, state.size, own, rest)
             if self.config.carry_mask and mlp is not None:
                 # the update as factors: rows (queries) travel by merging, columns (keys) as they are
-                carried = torch.cat((merge(take(mlp, order.argsort(dim=1)), mask), of_slots * self._step), dim=2)
-        if observe:
-            return z, mask, state
-        return merge(z, mask, num_prefix), mask, MergeState(size, cells, carried, state.trace)
+                carried = torch.cat((merge(mlp, mask), of_cells if cells is None else take(of_cells, cells)), dim=2)
+        return mask, MergeState(size, cells, None, carried, mask)
 
-    def _anchored_update(
-        self, mlp: Tensor, of_cells: Tensor, of_slots: Tensor, order: Tensor, cells: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. 3 where the mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P)."""
-        P = of_slots.shape[1]
-        if self.running_update is None:
-            return (mlp[:, :P] * of_slots).sum(dim=2), mask_update(mlp[:, P:], of_slots, 1.0)
-        by_index = take(mask_update(mlp, of_cells, self._step), order.argsort(dim=1))  # B N c: images align
-        update = take(self._batch_mean(by_index), order)
-        columns = torch.arange(P, device=mlp.device).expand(mlp.shape[0], -1) if cells is None else cells
-        own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
-        return own, take_columns(update[:, P:], columns)
+    def _lines(
+        self, z: Tensor, state: MergeState, slots: tuple[int, int], unit: Tensor, observe: bool
+    ) -> tuple[GridMask | None, MergeState]:
+        """A map, each row from W to W' tokens, then each column from H to H': every line is anchored on its own."""
+        assert state.grid is not None
+        (H, W), (H_, W_) = state.grid, slots
+        values, mlp = self._values(z)
+        with no_autocast(z):
+            update = None
+            if values is not None and mlp is not None:
+                of_cells = self._direction(values, state, None)
+                if not observe:
+                    update = self._batch_mean(mask_update(mlp, of_cells, self._step))  # B (H W) c
+            if observe:
+                return None, state
+            tokens: _Tokens = (unit, state.size, state.cells, update)
+            rows = columns = None
+            if W_ < W or H_ == H:
+                rows, tokens = self._along(_lines(tokens, W), W_)  # (B H) W -> (B H) W'
+                tokens = _lines(tokens, H * W_)
+            if H_ < H:
+                columns, tokens = self._along(_lines(_turned(tokens, H), H), H_)  # (B W') H -> (B W') H'
+                tokens = _turned(_lines(tokens, W_ * H_), W_)
+        _, size, cells, _ = tokens
+        mask = GridMask(rows, columns, state.grid)
+        return mask, MergeState(size, cells, slots, None, mask)
+
+    def _along(self, tokens: _Tokens, P: int) -> tuple[AnchoredMask, _Tokens]:
+        """Lines of n tokens each to P: their mask, and what is known of the merged tokens. A slot is its anchor."""
+        unit, size, cells, update = tokens
+        order, unit, similarity = self._anchors(unit, P)
+        anchors = order[:, :P]
+        cells = cells.gather(1, anchors) if cells is not None else None
+        own, rest = _in_slots(update, order, cells, P) if update is not None else (None, None)
+        mask, size = anchored_mask(order, similarity, size, own, rest)
+        return mask, (unit[:, :P], size, cells, take(update, anchors) if update is not None else None)
 
     def _dense(
         self,
         z: Tensor,
         state: MergeState,
         num_prefix: int,
-        P: int,
+        slots: int | tuple[int, int],
         unit: Tensor | None,
         X: Tensor | None,
         observe: bool,
-    ) -> tuple[Tensor, DenseMask, MergeState]:
+    ) -> tuple[DenseMask, MergeState]:
         """Every entry of the N x P mask."""
-        config = self.config
+        config, P, device = self.config, count(slots), z.device
+        after = slots if isinstance(slots, tuple) else None
         first = self._first_logits(X) if self.starts_mask else None
-        values, mlp = self._values(z[:, num_prefix:]) if self.updates else (None, None)
+        values, mlp = self._values(z, num_prefix)
         with no_autocast(z):
-            if unit is not None:
+            # token i of this block is slot i of the last one: of unmerged tokens (warm-up), slots are the columns
+            before = z.shape[1] - num_prefix if state.carried is None else state.carried.shape[2]
+            if state.grid is not None and after is not None and before == count(state.grid):
+                (H, W), (H_, W_) = state.grid, after
+                columns = (even_columns(H, H_, device).unsqueeze(1) * W + even_columns(W, W_, device)).flatten()
+            elif unit is not None and state.grid is None:
                 with torch.no_grad():
                     columns = order_by_redundancy(unit, P)[:, :P]
-                first = at_least_float32(self.log_beta).exp() * (unit @ take(unit, columns).transpose(1, 2))
             else:
-                # token i of this block is slot i of the last one: of unmerged tokens (warm-up), slots are the columns
-                slots = z.shape[1] - num_prefix if state.carried is None else state.carried.shape[2]
-                columns = even_columns(slots, P, z.device)
+                columns = even_columns(before, P, device)
+            if unit is not None:
+                anchors = take(unit, columns) if columns.ndim == 2 else unit[:, columns]
+                first = at_least_float32(self.log_beta).exp() * (unit @ anchors.transpose(1, 2))
             previous = take_columns(state.carried, columns) if state.carried is not None else None
             if first is not None:
                 base = at_least_float32(first)
@@ -349,9 +219,9 @@ class TokenMerger(nn.Module):
                 base = weights = previous  # G^(l-1)
             slot_cells = state.cells
             if slot_cells is not None:
-                index = (
-                    columns if columns.ndim == 2 else columns.clamp_max(slot_cells.shape[1] - 1).expand(z.shape[0], -1)
-                )
+                index = columns
+                if columns.ndim == 1:
+                    index = columns.clamp_max(slot_cells.shape[1] - 1).expand(size.shape[0], -1)
                 slot_cells = slot_cells.gather(1, index)
             update = None
             if values is not None and mlp is not None:
@@ -368,10 +238,10 @@ class TokenMerger(nn.Module):
             if config.carry_mask:
                 carried = mask.weights if config.first_mask != "anchors" else update
             if observe:
-                return z, mask, state._replace(carried=carried)
+                return mask, state._replace(carried=carried)
             if carried is not None:
                 carried = merge(carried, mask)  # rows travel by merging
-        return merge(z, mask, num_prefix), mask, MergeState(size, slot_cells, carried, state.trace)
+        return mask, MergeState(size, slot_cells, after, carried, mask)
 
     def _first_logits(self, X: Tensor | None) -> Tensor:
         """f(X) (B, N, P). ``"printed"`` is Section 3.1's f(X / tau); inside the sigmoid tau sparsifies nothing."""
@@ -379,3 +249,30 @@ class TokenMerger(nn.Module):
         if self.config.first_mask == "printed":
             return self.mask_fc(X / self.config.tau).sigmoid()
         return self.mask_fc(X).sigmoid() / self.config.tau
+
+
+_Tokens = tuple[Tensor, Tensor, Union[Tensor, None], Union[Tensor, None]]  # unit keys, size, cells, update
+
+
+def _lines(tokens: _Tokens, length: int) -> _Tokens:
+    """(L, n, ...) -> (L n / length, length, ...) of each."""
+    return tuple(t if t is None else t.reshape(-1, length, *t.shape[2:]) for t in tokens)
+
+
+def _turned(tokens: _Tokens, height: int) -> _Tokens:
+    """(L, H W, ...) -> (L, W H, ...) of each."""
+    return tuple(t if t is None else t.unflatten(1, (height, -1)).transpose(1, 2).flatten(1, 2) for t in tokens)
+
+
+def _in_slots(update: Tensor, order: Tensor, cells: Tensor | None, P: int) -> tuple[Tensor, Tensor]:
+    """Eq. 3 where an anchored mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P).
+
+    Args:
+        update: (B, N, c) of every token for every cell, or every slot.
+        order: (B, N) anchors, then the others.
+        cells: (B, P) of the slots, None where every slot has its own.
+    """
+    update = take(update, order)
+    columns = torch.arange(P, device=order.device).expand(order.shape[0], -1) if cells is None else cells
+    own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
+    return own, take_columns(update[:, P:], columns)

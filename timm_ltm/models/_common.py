@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from timm.layers import register_notrace_module
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, to_2tuple
+from timm.models import checkpoint
 from torch import Tensor, nn
 
-from timm_ltm.merging import MergeConfig, TokenMerger
+from timm_ltm.merging import MergeConfig, MergeState, TokenMerger
 from timm_ltm.merging.config import PRESETS
 
-__all__ = ["LTMModel", "fit_classes", "split_ltm_kwargs"]
+__all__ = ["LTMModel", "MergeMasks", "fit_classes", "mean_keys", "resized", "run_block", "split_ltm_kwargs"]
 
 register_notrace_module(TokenMerger)  # a leaf of FX graphs: its shapes are counted, not traced
 
@@ -23,6 +25,23 @@ _LTM_ARGUMENTS = ("preset", *(field.name for field in dataclasses.fields(MergeCo
 _on_created: list[Callable[[LTMModel], None]] = []  # training.py asks to be told of models to attach to
 _on_loaded: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod] = weakref.WeakKeyDictionary()
 _on_mode: weakref.WeakKeyDictionary[nn.Module, Callable[[bool], None]] = weakref.WeakKeyDictionary()
+
+
+class MergeMasks(NamedTuple):
+    """The masks of a batch of images, one entry per block that merges.
+
+    Attributes:
+        blocks: Their indices among the model's transformer blocks, as in ``compression_ratio``.
+        masks: G (B, N, P) of each, columns sum to 1. N of a map is H W, row by row.
+        accumulated: (B, H W, P) of each: the weight of every input token in every merged one, columns sum to 1. Input
+            tokens are the image's patches; in models with stages, those of the map the stage began with.
+        grids: (H, W) of these input tokens.
+    """
+
+    blocks: list[int]
+    masks: list[Tensor]
+    accumulated: list[Tensor]
+    grids: list[tuple[int, int]]
 
 
 def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,6 +89,40 @@ def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
     return state_dict
 
 
+def mean_keys(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Keys of tokens x (..., D), averaged over heads by one product: (..., K), without gradient.
+
+    Args:
+        weight: (heads, K, D) of the key projection.
+        bias: (heads, K).
+    """
+    bias = bias.detach().mean(dim=0) if bias is not None else None  # detach: torch.fx does not record no_grad
+    return F.linear(x.detach(), weight.detach().mean(dim=0), bias)
+
+
+def resized(now: tuple[Any, ...], *sizes: Any) -> tuple[Any, ...]:
+    """Sizes after ``set_input_size``: those given, as pairs, and those of ``now`` where one is None."""
+    return tuple(to_2tuple(was if size is None else size) for size, was in zip(sizes, now, strict=True))
+
+
+def run_block(
+    block: nn.Module, x: Tensor, state: MergeState, checkpointing: bool = False, observe: bool = False
+) -> tuple[Tensor, MergeState]:
+    """One LTM block, its activations recomputed in the backward pass if ``checkpointing``."""
+    if not checkpointing:
+        return block(x, state=state, observe=observe)
+    states = []
+
+    def run(x: Tensor, size: Tensor, cells: Tensor | None, carried: Tensor | None) -> tuple[Any, ...]:
+        x, after = block(x, state=MergeState(size, cells, state.grid, carried), observe=observe)
+        states.append(after)
+        return x, after.size, after.cells, after.carried
+
+    # flat arguments: re-entrant checkpoints lose the gradients of nested ones
+    x, size, cells, carried = checkpoint(run, x, state.size, state.cells, state.carried)
+    return x, MergeState(size, cells, states[0].grid, carried, states[0].mask)
+
+
 class LTMModel(nn.Module):
     """Mixin of every LTM model, in front of timm's class.
 
@@ -78,7 +131,8 @@ class LTMModel(nn.Module):
     """
 
     merge_config: MergeConfig
-    collecting: bool = False  # set by ClusterRefresh
+    block_ratios: tuple[float, ...]  # of every transformer block
+    collecting: bool = False
 
     def _finish_ltm(self, ltm_kwargs: dict[str, Any]) -> None:
         self.ltm_args = dict(ltm_kwargs)
@@ -115,6 +169,13 @@ class LTMModel(nn.Module):
         self._forced = enable
         self._read_epoch()
 
+    def set_collecting(self, enable: bool) -> None:
+        """Whether training batches leave their features for the clusters' refresh. ``ClusterRefresh`` calls this."""
+        self.collecting = enable
+        for _, merger in self.mergers():
+            merger.collecting = enable and merger.updates
+            merger.features = merger.labels = None
+
     def train(self, mode: bool = True) -> LTMModel:
         self._read_epoch()  # an EMA copy's buffers change behind its back
         callback = _on_mode.get(self)
@@ -129,6 +190,50 @@ class LTMModel(nn.Module):
         # a plain flag: torch.compile would compile anew for every value of a counter
         after_warmup = self._epoch >= self.merge_config.merge_warmup_epochs
         self._merging = epoch is not None and (after_warmup if self._forced is None else self._forced)
+
+    def _input_grid(self, x: Tensor) -> tuple[int, int]:
+        """(H, W) of the patches of images x, where blocks do not say."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def forward_masks(self, x: Tensor) -> MergeMasks:
+        """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the input's tokens.
+
+        Merges whether merging is on or not: a model in warm-up shows what it would do. For a model in eval mode.
+        """
+        masks: list[Tensor] = []
+        accumulated: list[Tensor] = []
+        grids: list[tuple[int, int]] = []
+
+        def keep(merger: TokenMerger, args: tuple[Any, ...], output: tuple[Tensor, MergeState]) -> None:
+            masks.append(output[1].mask.dense())
+            starts = merger.first or not accumulated
+            accumulated.append(masks[-1] if starts else accumulated[-1] @ masks[-1])  # B (H W) N @ B N P
+            grids.append((args[1].grid or self._input_grid(x)) if starts else grids[-1])
+
+        forced, hooks = self._forced, [merger.register_forward_hook(keep) for _, merger in self.mergers()]
+        self.set_merging(True)
+        try:
+            self.forward_features(x)
+        finally:
+            self.set_merging(forced)
+            for hook in hooks:
+                hook.remove()
+        blocks = [i for i, ratio in enumerate(self.block_ratios) if ratio < 1]
+        return MergeMasks(blocks, masks, accumulated, grids)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        super().reset_classifier(num_classes, *args, **kwargs)
+        for _, merger in self.mergers():
+            merger.reset_classes(num_classes)
+
+    def _check_not_tied(self, now: Any, new: Any) -> None:
+        """Before another input size is set."""
+        if new != now and any(merger.tied for _, merger in self.mergers()):
+            raise ValueError(
+                f"img_size, patch_size: got {new}, expected {now}: cluster_grid=0, a first mask f(X) or "
+                "mask_mode='batch' tie a model to one input size. Create it with these sizes."
+            )
 
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
         """Add zero times every LTM parameter: DistributedDataParallel wants gradients of all, also in warm-up."""

@@ -5,40 +5,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import Attention, PatchDropout, register_notrace_function, to_2tuple
+from timm.layers import Attention, PatchDropout, register_notrace_function
 from timm.layers.patch_dropout import patch_dropout_forward
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_ltm.merging import Mask, MergeConfig, MergeState, TokenMerger, initial_state, num_slots, unmerge
-from timm_ltm.models._common import LTMModel, fit_classes, split_ltm_kwargs
+from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of, unmerge
+from timm_ltm.models._common import LTMModel, fit_classes, mean_keys, resized, run_block, split_ltm_kwargs
 
-__all__ = ["LTMBlock", "LTMVisionTransformer", "LTMVisionTransformerDistilled", "MergeMasks"]
-
-
-class MergeMasks(NamedTuple):
-    """The masks of a batch of images, one entry per block that merges.
-
-    Attributes:
-        blocks: Their indices.
-        masks: G (B, N, P) of each, columns sum to 1.
-        accumulated: (B, H W, P) of each: the weight of every input patch in every merged token, columns sum to 1.
-        grid: (H, W) of the input's patches.
-    """
-
-    blocks: list[int]
-    masks: list[Tensor]
-    accumulated: list[Tensor]
-    grid: tuple[int, int]
+__all__ = ["LTMAttention", "LTMBlock", "LTMVisionTransformer", "LTMVisionTransformerDistilled"]
 
 
 torch.fx.wrap("initial_state")  # makes tensors from shapes
@@ -128,13 +112,10 @@ class LTMBlock(Block):
                 f"attn_layer: got {type(self.attn).__name__}, expected one with a fused qkv projection, whose keys "
                 "anchors are compared by. Use timm's Attention, or a first mask that needs no keys."
             )
-        _, key_weight, _ = self.attn.qkv.weight.detach().chunk(3)  # detach: torch.fx does not record no_grad
-        head_dim = self.attn.head_dim
-        weight = key_weight.unflatten(0, (-1, head_dim)).mean(dim=0)  # (heads K) D -> K D
+        shape = (3, -1, self.attn.head_dim)  # 3 heads K
         bias = self.attn.qkv.bias
-        if bias is not None:
-            bias = bias.detach().chunk(3)[1].unflatten(0, (-1, head_dim)).mean(dim=0)
-        return F.linear(h.detach(), weight, bias)
+        weight = self.attn.qkv.weight.unflatten(0, shape)[1]
+        return mean_keys(h, weight, bias.unflatten(0, shape)[1] if bias is not None else None)
 
 
 class LTMVisionTransformer(LTMModel, VisionTransformer):
@@ -168,36 +149,28 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
     def _add_mergers(self, dd: dict[str, Any]) -> None:
         """After timm's own initialisation, so that its random numbers are those of the plain model."""
         tokens, first = self.patch_embed.num_patches, True
-        for block, ratio in zip(self.blocks, self.merge_config.ratios_for(len(self.blocks)), strict=True):
+        self.block_ratios = self.merge_config.ratios_for([len(self.blocks)])
+        for block, ratio in zip(self.blocks, self.block_ratios, strict=True):
             block.num_prefix_tokens = self.num_prefix_tokens
             if ratio < 1:
                 block.merger = TokenMerger(
                     self.embed_dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
                 )
                 first = False
-            tokens = num_slots(tokens, ratio)
+            tokens = slots_of(tokens, ratio)
 
-    def _embed(self, x: Tensor, trace: list[Mask] | None = None) -> tuple[Tensor, MergeState, tuple[int, int]]:
+    def _input_grid(self, x: Tensor) -> tuple[int, int]:
+        return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, MergeState, tuple[int, int]]:
         """timm's steps in front of the blocks, the tokens' state, and the grid (H, W) of patches."""
-        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        grid = self._input_grid(x)
         x, kept = self._pos_embed(self.patch_embed(x)), None
         if isinstance(self.patch_drop, PatchDropout):  # its function tells which patches are left
             drop = self.patch_drop
             x, kept = patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
-        state = initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, kept, trace)
+        state = initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, kept)
         return self.norm_pre(x), state, grid
-
-    def _run(self, block: nn.Module, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
-        if not self.grad_checkpointing or torch.jit.is_scripting():
-            return block(x, None, False, state, observe)
-
-        def run(x: Tensor, size: Tensor, cells: Tensor | None, carried: Tensor | None) -> tuple[Any, ...]:
-            x, after = block(x, None, False, MergeState(size, cells, carried, state.trace), observe)
-            return x, after.size, after.cells, after.carried
-
-        # flat arguments: re-entrant checkpoints lose the gradients of nested ones
-        x, *after = checkpoint(run, x, state.size, state.cells, state.carried)
-        return x, MergeState(*after, state.trace)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's, with tokens merged: (B, prefix + P, D). Merging off, it is timm's."""
@@ -208,7 +181,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         _no_attention_mask(attn_mask, is_causal)
         x, state, _ = self._embed(x)
         for block in self.blocks:
-            x, state = self._run(block, x, state, observe)
+            x, state = run_block(block, x, state, self.grad_checkpointing, observe)
         x = self.norm(x)
         return self._keep_parameters_in_graph(x) if observe else x
 
@@ -238,15 +211,14 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'.")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        trace: list[Mask] = []
-        x, state, grid = self._embed(x, trace)
-        back, seen = None, 0
+        x, state, grid = self._embed(x)
+        back = None
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x, state = self._run(block, x, state)
-            for mask in trace[seen:]:
-                back = mask.destinations() if back is None else back @ mask.destinations()  # B (H W) P
-            seen = len(trace)
+            x, state = run_block(block, x, state, self.grad_checkpointing)
+            if block.merger is not None and state.mask is not None:
+                to = state.mask.destinations()
+                back = to if back is None else back @ to  # B (H W) P
             if i in take_indices:
                 y = self.norm(x) if norm else x
                 prefixes.append(y[:, : self.num_prefix_tokens])
@@ -264,38 +236,9 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
             maps = list(zip(maps, prefixes, strict=True))
         return maps if intermediates_only else (self.norm(x), maps)
 
-    @torch.jit.ignore
-    def forward_masks(self, x: Tensor) -> MergeMasks:
-        """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the patch grid.
-
-        Merges whether merging is on or not: a model in warm-up shows what it would do. For a model in eval mode.
-        """
-        blocks = [i for i, block in enumerate(self.blocks) if block.merger is not None]
-        trace: list[Mask] = []
-        x, state, grid = self._embed(x, trace)
-        for block in self.blocks:
-            x, state = block(x, state=state)
-        masks = [mask.dense() for mask in trace]
-        accumulated = masks[:1]
-        for mask in masks[1:]:
-            accumulated.append(accumulated[-1] @ mask)  # B (H W) N @ B N P
-        return MergeMasks(blocks, masks, accumulated, grid)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
-        for _, merger in self.mergers():
-            merger.reset_classes(num_classes)
-
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         now = self.patch_embed.img_size, self.patch_embed.patch_size
-        new = tuple(
-            to_2tuple(was if size is None else size) for size, was in zip((img_size, patch_size), now, strict=True)
-        )
-        if new != now and any(merger.tied for _, merger in self.mergers()):
-            raise ValueError(
-                f"img_size, patch_size: got {new}, expected {now}: cluster_grid=0, a first mask f(X) or "
-                "mask_mode='batch' tie a model to one input size. Create it with these sizes."
-            )
+        self._check_not_tied(now, resized(now, img_size, patch_size))
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
 

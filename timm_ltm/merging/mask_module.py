@@ -1,0 +1,231 @@
+"""What every form of a mask shares: parameters, clusters, and the direction of the information-bottleneck update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_ltm.merging.clusters import Clusters
+from timm_ltm.merging.config import MergeConfig, num_slots
+from timm_ltm.merging.merge import Mask
+from timm_ltm.merging.update import at_least_float32, pool_slots
+
+__all__ = ["MaskModule", "MergeState", "grid_cells", "initial_state", "slots_of"]
+
+
+class MergeState(NamedTuple):
+    """What travels with the tokens from block to block.
+
+    Attributes:
+        size: (B, N) how many input tokens each token stands for.
+        cells: (B, N) the cell of the coarse grid each token lies in, None where nothing is pooled.
+        grid: (H, W) of tokens that are a map and stay one, None for a sequence.
+        carried: The previous block's mask or update (Eq. 2) with its rows merged already, if it is carried.
+        mask: Of the last merge.
+    """
+
+    size: Tensor
+    cells: Tensor | None
+    grid: tuple[int, int] | None = None
+    carried: Tensor | None = None
+    mask: Mask | None = None
+
+
+def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tensor:
+    """(H W,): the index of the cell of a coarse g x g grid in which each token of an H x W grid lies."""
+    rows = torch.arange(height, device=device) * cells // height
+    columns = torch.arange(width, device=device) * cells // width
+    return (rows.unsqueeze(1) * cells + columns).flatten()  # H W -> (H W)
+
+
+def initial_state(
+    x: Tensor,
+    num_prefix: int,
+    grid: tuple[int, int],
+    cells: int,
+    kept: Tensor | None = None,
+    stays_map: bool = False,
+    parts: int = 1,
+) -> MergeState:
+    """The state in front of the first block: every token stands for itself.
+
+    Args:
+        x: (B parts, num_prefix + N, D) tokens.
+        grid: (H, W).
+        cells: g, or 0 where nothing is pooled.
+        kept: (B, N) which of the H W patches are left, where some were dropped.
+        stays_map: Whether merged tokens are to be a map again.
+        parts: Rows of ``x`` in a row that are of one image and merged alike (the pixels of MobileViT's patches).
+    """
+    B, N = x.shape[0] // parts, x.shape[1] - num_prefix
+    size = at_least_float32(x.new_ones(B, N))
+    of_map = grid if stays_map else None
+    if not cells:
+        return MergeState(size, None, of_map)
+    index = grid_cells(*grid, cells, x.device)
+    return MergeState(size, index.expand(B, -1) if kept is None else index[kept], of_map)
+
+
+def slots_of(tokens: int | tuple[int, int], ratio: float) -> int | tuple[int, int]:
+    """P = ceil(r N) of N tokens; (ceil(H sqrt r), ceil(W sqrt r)) of a map."""
+    if isinstance(tokens, tuple):
+        side = math.sqrt(ratio)
+        return num_slots(tokens[0], side), num_slots(tokens[1], side)
+    return num_slots(tokens, ratio)
+
+
+def count(tokens: int | tuple[int, int]) -> int:
+    """N, or H W."""
+    return tokens[0] * tokens[1] if isinstance(tokens, tuple) else tokens
+
+
+class MaskModule(nn.Module):
+    """Parameters, clusters and direction, without the forms of a mask: see :class:`TokenMerger`."""
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: int | tuple[int, int],
+        ratio: float,
+        config: MergeConfig,
+        num_classes: int = 0,
+        first: bool = False,
+        parts: int = 1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.ratio, self.config, self.first, self.parts = ratio, config, first, parts
+        self.num_tokens, self.num_slots = count(tokens), count(slots_of(tokens, ratio))
+        self.collecting = False  # set by ClusterRefresh: keep each training batch's features
+        self.features: Tensor | None = None  # (B, F), read and cleared by ClusterRefresh
+        self.labels: Tensor | None = None  # (B,) or (B, K), set by ClusterRefresh for labels="true"
+
+        self.starts_mask = config.first_mask != "anchors" and (first or not config.carry_mask)
+        self.updates = config.update and not (self.starts_mask and config.carry_mask)  # Eq. 2: l >= 2
+        if config.mask_form == "anchored" or config.first_mask == "anchors":
+            self.log_beta = nn.Parameter(torch.empty((), **dd))
+        if self.starts_mask:
+            self.mask_fc = nn.Linear(dim, self.num_slots, **dd)  # f of G^(1) = Softmax(f(X / tau))
+        self.num_cells = config.cluster_grid**2 or self.num_slots
+        if self.updates:
+            d = config.cluster_dim or dim
+            self.cluster_dim = d
+            self.eta = nn.Parameter(torch.empty((), **dd))
+            self.proj = nn.Linear(dim, d, bias=False, **dd) if config.cluster_dim else nn.Identity()
+            self.mlp_fc1 = nn.Identity() if config.cluster_dim else nn.Linear(dim, dim, **dd)
+            self.mlp_fc2 = nn.Linear(d, d, **dd)
+            self.clusters = self._new_clusters(num_classes, **dd)
+            running = (self.num_tokens, self.num_slots if config.mask_form == "dense" else self.num_cells)
+            running_update = torch.zeros(running, **dd) if config.mask_mode == "batch" else None
+            self.register_buffer("running_update", running_update)
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))  # epochs of training behind
+        self.reset_parameters()
+
+    def _new_clusters(self, num_classes: int, **dd: Any) -> Clusters:
+        A = self.config.num_clusters or max(num_classes, 2)  # without a head, a checkpoint tells: see fit_clusters
+        return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.labels == "true", **dd)
+
+    def reset_parameters(self) -> None:
+        """Initial values: timm's for ViT's linear layers, and no clusters or epochs yet."""
+        self.epoch.zero_()
+        with torch.no_grad():
+            if hasattr(self, "log_beta"):
+                self.log_beta.fill_(math.log(self.config.beta))
+            if self.updates:
+                self.eta.fill_(self.config.eta)
+                self.clusters.reset_parameters()
+                if self.running_update is not None:
+                    self.running_update.zero_()
+        for module in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def fit_clusters(self, saved: Tensor) -> None:
+        """Before loading without a head: as many clusters as the checkpoint was trained with."""
+        C = self.clusters.centroids
+        if not self.config.num_clusters and saved.shape[0] != C.shape[0]:
+            self.clusters = self._new_clusters(saved.shape[0], device=C.device, dtype=C.dtype)
+
+    def reset_classes(self, num_classes: int) -> None:
+        """A new head: what is tied to the old classes is forgotten until the next refresh, the rest stays."""
+        if not self.updates or num_classes < 2:
+            return
+        C, log_q = self.clusters.centroids, self.clusters.log_q
+        if not self.config.num_clusters:
+            self.clusters = self._new_clusters(num_classes, device=C.device, dtype=C.dtype)
+        elif log_q is not None:
+            self.clusters.log_q = log_q.new_zeros(log_q.shape[0], num_classes)
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether :meth:`forward` reads attention keys."""
+        return self.config.first_mask == "anchors"
+
+    @property
+    def tied(self) -> bool:
+        """Whether settings tie this module to one number of tokens."""
+        config = self.config
+        return self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
+
+    def _of_image(self, x: Tensor) -> Tensor:
+        """(B parts, ...) -> (B, ...): the mean of what is merged alike."""
+        return x if self.parts == 1 else x.unflatten(0, (-1, self.parts)).mean(dim=1)
+
+    def _values(self, z: Tensor, num_prefix: int = 0) -> tuple[Tensor | None, Tensor | None]:
+        """What is clustered and MLP(Z), (B, N, d) each; nothing without an update.
+
+        What is clustered are the tokens themselves, or a projection of them with every token normalised.
+
+        The normalisation is per token, before merging: merging and pooling stay linear in what is clustered.
+        """
+        if not self.updates:
+            return None, None
+        values = self.proj(self._of_image(z)[:, num_prefix:])
+        values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
+        # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
+        mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
+        return at_least_float32(values), at_least_float32(mlp)
+
+    def _direction(self, values: Tensor, state: MergeState, merged: Tensor | None) -> Tensor:
+        """dir of Eq. 3 (B, c, d), one per cell.
+
+        Eq. 3 starts from the features merged by the mask before. This block's tokens are the slots of the block
+        before: pooled onto cells they are those features, before this block merges. With one cell per slot they are
+        ``merged`` (B, P, d), by this block's mask without the update. A slot takes the direction of its cell; its
+        share in the pooling is left to the step size.
+        """
+        pooled = merged
+        if state.cells is not None:
+            pooled, _ = pool_slots(values, state.cells, self.num_cells, state.size)
+        assert pooled is not None, "one cell per slot needs merged features"
+        flat = pooled.flatten(1)  # B (c d)
+        if self.training and self.collecting:
+            self.features = flat.detach()
+        labels = self.labels if self.training else None
+        if labels is not None and labels.shape[0] != flat.shape[0]:
+            raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
+        return self.clusters(flat, labels).view(pooled.shape)
+
+    @property
+    def _step(self) -> Tensor:
+        """2 eta / T of Eq. 3, or eta where R has the rest in it."""
+        eta = at_least_float32(self.eta)
+        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.to(eta.dtype)
+
+    def _batch_mean(self, update: Tensor) -> Tensor:
+        """The sum over the minibatch of Eq. 3, as a mean: of the batch in training, the running one in eval."""
+        if self.running_update is None:
+            return update
+        if not self.training:
+            return self.running_update.to(update.dtype).expand_as(update)
+        mean = update.mean(dim=0)
+        with torch.no_grad():
+            self.running_update.lerp_(mean.to(self.running_update.dtype), self.config.momentum)
+        return mean.expand_as(update)

@@ -1,0 +1,76 @@
+"""What the LTM models share whose tokens are a map: Swin, MobileViT, EfficientViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from timm_ltm.models._common import LTMModel
+
+__all__ = ["LTMMapModel", "LTMStage", "adopt", "real_reduction"]
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def adopt(cls: type[T], module: nn.Module, **attributes: Any) -> T:
+    """A timm module as one of our subclass of it, where timm has no hook for the class: no constructor runs again."""
+    assert issubclass(cls, type(module))
+    adopted = cls.__new__(cls)
+    adopted.__dict__.update(module.__dict__)
+    for name, value in attributes.items():
+        setattr(adopted, name, value)
+    return adopted
+
+
+def real_reduction(img_size: Sequence[int], grid: Sequence[int]) -> int | float:
+    """Pixels of an image's side per token of a map's side: a whole number where it is one."""
+    reduction = max(size / n for size, n in zip(img_size, grid, strict=True))
+    return int(reduction) if reduction == int(reduction) else reduction
+
+
+class LTMStage(nn.Module):
+    """Mixin of a timm module that hands a state from one of its blocks to the next, if there is anything to do.
+
+    Attributes:
+        cluster_grid: g of :class:`MergeConfig`.
+        merging: Set by the model.
+        collecting: Set by the model.
+    """
+
+    cluster_grid: int
+    merging: bool = True
+    collecting: bool = False
+
+    @property
+    def observes(self) -> bool:
+        """Merge nothing, only show the features to the clusters' refresh."""
+        return self.collecting and self.training and not self.merging
+
+    @property
+    def active(self) -> bool:
+        """Not timm's plain forward pass."""
+        return self.merging or self.observes
+
+
+class LTMMapModel(LTMModel):
+    """Mixin of LTM models with maps: timm's forward passes lead through stages, which are told what to do."""
+
+    def _tell_stages(self) -> None:
+        for module in self.modules():
+            if isinstance(module, LTMStage):
+                module.merging, module.collecting = self._merging, self.collecting
+
+    def set_collecting(self, enable: bool) -> None:
+        super().set_collecting(enable)
+        self._tell_stages()
+
+    def _read_epoch(self) -> None:
+        super()._read_epoch()
+        self._tell_stages()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """timm's, with maps merged."""
+        x = super().forward_features(x)
+        return x if self.merging else self._keep_parameters_in_graph(x)

@@ -1,0 +1,305 @@
+"""Swin Transformer with Learnable Token Merging (LTM), a map merged by rows and by columns.
+
+'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's Swin Transformer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
+from timm.models.swin_transformer import (
+    checkpoint_filter_fn,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+    get_relative_position_index,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor
+
+from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of
+from timm_ltm.merging.update import at_least_float32
+from timm_ltm.models._common import fit_classes, mean_keys, resized, run_block, split_ltm_kwargs
+from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, real_reduction
+
+__all__ = ["LTMSwinBlock", "LTMSwinTransformer"]
+
+
+def fit_window(length: int, window: int) -> int:
+    """The window for lines of ``length`` tokens: the one near ``window`` that pads them least, of several the nearest.
+
+    Merging from 14 to 12 saves nothing where windows of 7 pad 12 to 14 again; windows of 6 do not.
+    """
+    if length <= window:
+        return length
+    return min(range(window - window // 4, window + 2), key=lambda w: (-length % w, abs(w - window), w))
+
+
+def shift_mask(height: int, width: int, window: tuple[int, int], shift: tuple[int, int], x: Tensor) -> Tensor:
+    """(windows, area, area): 0 between tokens that were neighbours before the cyclic shift, -100 between others."""
+    regions = []
+    for length, w, s in zip((height, width), window, shift, strict=True):
+        line = torch.arange(length, device=x.device)
+        regions.append((line >= length - w).to(x.dtype) + (line >= length - s).to(x.dtype))
+    region = 3 * regions[0].unsqueeze(1) + regions[1]  # H W
+    region = window_partition(region.view(1, height, width, 1), window).flatten(1)  # windows area
+    return (region.unsqueeze(1) != region.unsqueeze(2)).to(x.dtype) * -100.0
+
+
+class LTMWindowAttention(WindowAttention):
+    """timm's window attention, for windows of any size: a forward of its own, because timm's knows one bias table."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, window: tuple[int, int] | None = None) -> Tensor:
+        """timm's forward; with ``window`` (h, w) other than timm's, x is (B windows, h w, D)."""
+        if window is None or window == self.window_size:
+            return super().forward(x, mask)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 (B windows) heads N K
+        q, k, v = qkv.unbind(0)
+        bias = self._bias_of(window)
+        if mask is not None:  # (B windows) heads N K -> B windows heads N K
+            q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
+            bias = bias + mask.unsqueeze(1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
+        )
+        y = y.flatten(0, -4) if mask is not None else y
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def _bias_of(self, window: tuple[int, int]) -> Tensor:
+        """The relative position bias (1, heads, N, N), resized as timm's ``resize_rel_pos_bias_table_simple`` does."""
+        (h, w), (H, W) = window, self.window_size
+        table = at_least_float32(self.relative_position_bias_table).t().unflatten(1, (2 * H - 1, 2 * W - 1))
+        table = F.interpolate(table.unsqueeze(0), size=(2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=False)
+        index = get_relative_position_index(h, w, device=table.device)
+        return table.flatten(2)[:, :, index.flatten()].unflatten(2, (h * w, h * w))
+
+
+class LTMSwinBlock(SwinTransformerBlock):
+    """timm's block, with its map merged between attention and MLP where it has a ``merger``.
+
+    Attributes:
+        behind_merger: Maps may come merged, and have windows fitted to them.
+    """
+
+    merger: TokenMerger | None
+    behind_merger: bool
+
+    def forward(self, x: Tensor, state: MergeState | None = None, observe: bool = False) -> Any:
+        """timm's forward without ``state``; with it, returns the merged map and its state.
+
+        Args:
+            x: (B, H, W, D).
+            state: Of its tokens.
+            observe: Merge nothing, only show the features to the clusters' refresh.
+        """
+        if state is None:
+            return super().forward(x)
+        h = self.norm1(x)
+        attended = self._fitted_attn(h) if self.behind_merger and not observe else self._attn(h)
+        z = (x + self.drop_path1(attended)).flatten(1, 2)  # B H W D -> B (H W) D
+        if self.merger is not None:
+            z, state = self.merger(z, state, 0, self._mean_keys(h.flatten(1, 2)), None, observe)
+        z = z + self.drop_path2(self.mlp(self.norm2(z)))
+        return z.unflatten(1, state.grid), state
+
+    def _mean_keys(self, h: Tensor) -> Tensor:
+        shape = (3, self.attn.num_heads, -1)  # 3 heads K
+        bias = self.attn.qkv.bias
+        weight = self.attn.qkv.weight.unflatten(0, shape)[1]
+        return mean_keys(h, weight, bias.unflatten(0, shape)[1] if bias is not None else None)
+
+    def _fitted_attn(self, x: Tensor) -> Tensor:
+        """timm's ``_attn`` in windows that fit the map (B, H, W, D)."""
+        H, W = x.shape[1:3]
+        window, shift = self.window_size, self.shift_size
+        if not self.always_partition:
+            window = fit_window(H, window[0]), fit_window(W, window[1])
+            shifts = any(self.target_shift_size)
+            shift = tuple(w // 2 if shifts and w < n else 0 for n, w in zip((H, W), window, strict=True))
+        x = x.roll((-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else x
+        x = F.pad(x, (0, 0, 0, -W % window[1], 0, -H % window[0]))
+        H_, W_ = x.shape[1:3]
+        mask = shift_mask(H_, W_, window, shift, x) if any(shift) else None
+        windows = window_partition(x, window).flatten(1, 2)  # B H W D -> (B windows) N D
+        windows = self.attn(windows, mask, window).unflatten(1, window)
+        x = window_reverse(windows, window, H_, W_)[:, :H, :W]
+        return x.roll(shift, dims=(1, 2)) if any(shift) else x
+
+
+@register_notrace_module
+class LTMSwinStage(LTMStage, SwinTransformerStage):
+    """timm's stage, that hands a state from block to block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(x)
+        x = self.downsample(x)
+        state = initial_state(x.flatten(1, 2), 0, (x.shape[1], x.shape[2]), self.cluster_grid, stays_map=True)
+        for block in self.blocks:
+            x, state = run_block(block, x, state, self.grad_checkpointing, self.observes)
+        return x
+
+
+class LTMSwinTransformer(LTMMapModel, SwinTransformer):
+    """timm's Swin Transformer with Learnable Token Merging.
+
+    A block's map is merged by rows, then by columns, and stays a map; windows behind it are fitted to its size, with
+    timm's relative position biases resized. With ``strict_img_size=False`` images of any size are taken: one that is
+    not a multiple of the patches is padded.
+
+    Args:
+        *args: As timm's.
+        **kwargs: As timm's, and every field of :class:`timm_ltm.merging.MergeConfig`.
+
+    Raises:
+        ValueError: A setting is out of range, or a dense mask is asked for (the paper's preset has one).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
+        config = MergeConfig.from_kwargs(**ltm_kwargs)
+        if config.mask_form == "dense":
+            raise ValueError(
+                "mask_form: got 'dense', expected 'anchored'. Swin's maps are long (56 x 56 tokens): a dense mask "
+                "costs more than it can save, so the paper's preset is not for Swin. Leave mask_form and preset out."
+            )
+        super().__init__(*args, **kwargs)
+        self.merge_config = config
+        if not self.patch_embed.strict_img_size:
+            self.patch_embed.dynamic_img_pad = True
+        self._add_mergers({name: kwargs.get(name) for name in ("device", "dtype")})
+        self._finish_ltm(ltm_kwargs)
+
+    def _add_mergers(self, dd: dict[str, Any]) -> None:
+        """After timm's own initialisation, so that its random numbers are those of the plain model."""
+        self.block_ratios = self.merge_config.ratios_for([stage.depth for stage in self.layers])
+        ratios, behind = iter(self.block_ratios), False
+        for i, stage in enumerate(self.layers):
+            of_stage = [next(ratios) for _ in stage.blocks]
+            if not behind and min(of_stage) == 1:
+                continue
+            self.layers[i] = stage = adopt(LTMSwinStage, stage, cluster_grid=self.merge_config.cluster_grid)
+            first = True
+            for j, ratio in enumerate(of_stage):
+                block = adopt(LTMSwinBlock, stage.blocks[j], merger=None, behind_merger=behind)
+                block.attn = adopt(LTMWindowAttention, block.attn)
+                stage.blocks[j] = block
+                if ratio < 1:
+                    tokens = tuple(block.input_resolution)
+                    block.merger = TokenMerger(
+                        block.dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
+                    )
+                    first, behind = False, True
+        self._set_reductions()
+
+    def _set_reductions(self) -> None:
+        """``feature_info`` of merged maps, at the model's input size."""
+        grid = size = self.patch_embed.grid_size
+        patch = self.patch_embed.patch_size
+        ratios = iter(self.block_ratios)
+        for i, (info, stage) in enumerate(zip(self.feature_info, self.layers, strict=False)):
+            grid = tuple(-(-n // 2) for n in grid) if i else grid
+            for _ in stage.blocks:
+                grid = slots_of(grid, next(ratios))
+            info["reduction"] = real_reduction([n * p for n, p in zip(size, patch, strict=True)], grid)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None, **kwargs: Any) -> None:
+        now = self.patch_embed.img_size, self.patch_embed.patch_size
+        self._check_not_tied(now, resized(now, img_size, patch_size))
+        super().set_input_size(img_size=img_size, patch_size=patch_size, **kwargs)
+        self._set_reductions()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's, of merged maps: their sizes are merged ones. ``output_fmt="NHWC"`` too, as of ``features_only``."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'.")
+        result = super().forward_intermediates(x, indices, norm, stop_early, "NCHW", intermediates_only)
+        if output_fmt == "NCHW":
+            return result
+        maps = [y.permute(0, 2, 3, 1) for y in (result if intermediates_only else result[1])]
+        return maps if intermediates_only else (result[0], maps)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+# The weights are the plain model's; the merging starts from them without training.
+default_cfgs = generate_default_cfgs(
+    {
+        f"ltm_{name}.{tag}": _cfg(hf_hub_id=f"timm/{name}.{tag}")
+        for name, tag in (
+            ("swin_tiny_patch4_window7_224", "ms_in1k"),
+            ("swin_tiny_patch4_window7_224", "ms_in22k_ft_in1k"),
+            ("swin_small_patch4_window7_224", "ms_in22k_ft_in1k"),
+            ("swin_small_patch4_window7_224", "ms_in1k"),
+            ("swin_base_patch4_window7_224", "ms_in22k_ft_in1k"),
+            ("swin_base_patch4_window7_224", "ms_in1k"),
+        )
+    }
+)
+
+
+def _filter(state_dict: dict[str, Any], model: LTMSwinTransformer) -> dict[str, Any]:
+    return fit_classes(checkpoint_filter_fn(state_dict, model), model)
+
+
+def _create_ltm_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
+    return build_model_with_cfg(
+        LTMSwinTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_filter,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter", output_fmt="NHWC"),
+        **kwargs,
+    )
+
+
+@register_model
+def ltm_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """LTM on Swin-T, at the budget of the paper's Table 1: 3.8 GFLOPs, 30.5 M parameters."""
+    ltm_defaults = dict(compression_ratio=(1.0,) * 4 + (0.73,) + (1.0,) * 7)
+    model_args = dict(
+        patch_size=4,
+        window_size=7,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        ltm_defaults=ltm_defaults,
+    )
+    return _create_ltm_swin("ltm_swin_tiny_patch4_window7_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ltm_swin_tiny(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """Short for ``ltm_swin_tiny_patch4_window7_224``."""
+    return ltm_swin_tiny_patch4_window7_224(pretrained, **kwargs)
