@@ -10,7 +10,7 @@ import pytest
 import timm
 import timm.optim
 import torch
-from timm.layers import set_reentrant_ckpt
+from timm.layers import Format, set_reentrant_ckpt
 from torch.testing import assert_close
 
 from timm_ltm.merging import TokenMerger
@@ -50,6 +50,9 @@ class ModelContract(ExportContract):
         shallow: Added for exporters, whose time grows with depth.
         dropout: Everything random that the family has.
         sweep: Values of the arguments of these names, in all tests that have one.
+        keeps_maps: Whether features lie on the plain model's grid.
+        resizes: Whether there is a ``set_input_size``.
+        extra: Of both models, for an input size other than their own.
     """
 
     name = ""
@@ -59,7 +62,18 @@ class ModelContract(ExportContract):
     ltm: ClassVar = {"compression_ratio": 0.75}
     shallow: ClassVar = {}
     dropout: ClassVar = {"drop_rate": 0.1, "drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
-    sweep: ClassVar = {"mode": list(MODES), "pool": ["", "avg"], "other_size": [(96, 64), (32, 48)]}
+    sweep: ClassVar = {
+        "mode": list(MODES),
+        "pool": ["", "avg"],
+        "output_fmt": ["NCHW", "NLC"],
+        "other_size": [(96, 64), (32, 48)],
+        "carry": [{}, MODES["carry"]],
+        "trained": ["plain", "default", "true_labels", "paper"],
+    }
+
+    keeps_maps = True
+    resizes = True
+    extra: ClassVar = {}
 
     def build(self, **kwargs):
         """A model in eval mode whose update is not zero."""
@@ -154,7 +168,7 @@ class ModelContract(ExportContract):
 
     def test_no_classifier(self, x):
         model = self.build(num_classes=0)
-        assert model(x).shape == (3, model.num_features)
+        assert model(x).shape == self.build_plain(num_classes=0)(x).shape
         assert_close(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
 
     def test_reset_classifier(self, pool, model, x):
@@ -171,9 +185,12 @@ class ModelContract(ExportContract):
 
     @pytest.mark.parametrize("set_size", [False, True])
     def test_other_size(self, other_size, set_size):
-        model, plain = self.pair()
+        model, plain = self.pair(**({} if set_size else self.extra))
         x = self.images(size=other_size)
         if set_size:
+            if not self.resizes:
+                assert not hasattr(plain, "set_input_size")
+                return
             model.set_input_size(img_size=other_size)
             plain.set_input_size(img_size=other_size)
         assert model(x).isfinite().all()
@@ -182,30 +199,40 @@ class ModelContract(ExportContract):
 
     # Features
 
-    @pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])
     @pytest.mark.parametrize("norm", [False, True])
     @pytest.mark.parametrize("indices", [None, 2, [0, 1]])
     def test_forward_intermediates(self, indices, norm, output_fmt):
         model, plain = self.pair()
         kwargs = {"indices": indices, "norm": norm, "output_fmt": output_fmt}
-        x = self.images(size=(96, 64) if (96, 64) in self.sweep["other_size"] else None)
+        x = self.images()
         final, maps = model.forward_intermediates(x, **kwargs)
         assert_close(final, model.forward_features(x))
         expected = plain.forward_intermediates(x, **kwargs, intermediates_only=True)
-        assert [m.shape for m in maps] == [m.shape for m in expected], "maps are those of the input's grid"
+        if self.keeps_maps:
+            assert [m.shape for m in maps] == [m.shape for m in expected], "maps are those of the input's grid"
+        else:
+            assert [m.shape[1] for m in maps] == [m.shape[1] for m in expected]
         for arguments in ({"intermediates_only": True}, {"intermediates_only": True, "stop_early": True}):
             assert_close(model.forward_intermediates(x, **kwargs, **arguments), maps)
-        result = model.forward_intermediates(x, **kwargs, output_dict=True)
-        assert_close(result, {"image_intermediates": maps, "image_features": final})
+        if self.keeps_maps:
+            result = model.forward_intermediates(x, **kwargs, output_dict=True)
+            assert_close(result, {"image_intermediates": maps, "image_features": final})
         model.set_merging(False)
         assert_close(model.forward_intermediates(x, **kwargs, intermediates_only=True), expected, **EXACT)
 
     def test_features_only(self, x):
         model, plain = self.build(features_only=True), self.build_plain(features_only=True)
         channels, reduction = model.feature_info.channels(), model.feature_info.reduction()
-        assert (channels, reduction) == (plain.feature_info.channels(), plain.feature_info.reduction())
-        maps, (H, W) = model(x), self.size
-        assert [m.shape for m in maps] == [(3, c, H // r, W // r) for c, r in zip(channels, reduction, strict=True)]
+        assert channels == plain.feature_info.channels()
+        assert model.output_fmt == plain.output_fmt
+        if self.keeps_maps:
+            assert reduction == plain.feature_info.reduction()
+        else:
+            assert all(ours >= theirs for ours, theirs in zip(reduction, plain.feature_info.reduction(), strict=True))
+            assert reduction[-1] > plain.feature_info.reduction()[-1]
+        maps = [m.permute(0, 3, 1, 2) if model.output_fmt == Format.NHWC else m for m in model(x)]
+        shapes = [(3, c, *(round(n / r) for n in self.size)) for c, r in zip(channels, reduction, strict=True)]
+        assert [m.shape for m in maps] == shapes
         indices = list(model.out_indices)
         assert_close(maps, self.build().forward_intermediates(x, indices=indices, intermediates_only=True))
 
@@ -233,9 +260,8 @@ class ModelContract(ExportContract):
             assert parameter.grad.any(), f"{name} has no gradient"
 
     @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("carry", [False, True])
     def test_grad_checkpointing(self, carry, reentrant, x):
-        model, gradients = self.build(**self.dropout, carry_mask=carry).train(), []
+        model, gradients = self.build(**self.dropout, **carry).train(), []
         set_reentrant_ckpt(reentrant)
         try:
             for enable in (False, True):
@@ -249,7 +275,8 @@ class ModelContract(ExportContract):
         assert_close(*gradients)
 
     def test_optimizer_groups(self, model):
-        assert model.no_weight_decay() == self.build_plain().no_weight_decay()
+        if hasattr(model, "no_weight_decay"):
+            assert model.no_weight_decay() == self.build_plain().no_weight_decay()
         optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.75)
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         groups = {name: group_of[id(p)] for name, p in model.named_parameters()}
@@ -265,7 +292,10 @@ class ModelContract(ExportContract):
         output = model.to(dtype)(x.to(dtype))
         assert output.dtype == dtype
         assert output.isfinite().all()
-        assert (output.float() - reference).abs().max() < 0.25 * reference.abs().max()
+        difference = (output.float() - reference).abs()
+        # of maps, one of many hard choices may fall otherwise
+        difference = difference.max() if self.keeps_maps else difference.median()
+        assert difference < 0.25 * reference.abs().max()
 
     def test_autocast(self, model, x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -290,19 +320,22 @@ class ModelContract(ExportContract):
         model.to_empty(device="cpu")
         for tensor in model.state_dict().values():
             tensor.fill_(77)
-        model.init_weights()
+        if hasattr(model, "init_weights"):
+            model.init_weights()
         for name, merger in model.mergers():
+            if not hasattr(model, "init_weights"):
+                merger.reset_parameters()
             assert_close(merger.log_beta.exp().item(), merger.config.beta, msg=f"{name}.log_beta", rtol=1e-4, atol=0)
             assert merger.eta == merger.config.eta, f"{name}.eta"
             assert merger.epoch == 0, f"{name}.epoch"
             assert not merger.clusters.centroids.any()
 
     def test_ratio_per_block(self, model, x):
-        count = len(list(model.mergers()))
+        count = len(model.block_ratios)
         model = self.build(compression_ratio=[1.0, 0.75] + [1.0] * (count - 2))
         assert len(list(model.mergers())) == len(model.forward_masks(x).masks) == 1
         assert model(x).shape == (3, 10)
-        with pytest.raises(ValueError, match=f"got '99 ratios', expected one number or {count}, one per block"):
+        with pytest.raises(ValueError, match=f"got '99 ratios', expected one number.* or {count}, one per block"):
             self.build(compression_ratio=[0.9] * 99)
 
     def test_checkpoint_of_other_clusters(self, model):
@@ -337,13 +370,12 @@ class ModelContract(ExportContract):
             assert torch.equal(loaded(x), model(x))
 
     @pytest.mark.parametrize("classes", [10, 4, 0])
-    @pytest.mark.parametrize("trained", ["plain", "default", "true_labels", "paper"])
     def test_pretrained(self, trained, classes, x, tmp_path):
         mode = MODES.get(trained, {})
         source = self.build_plain() if trained == "plain" else self.build(**mode)
         with torch.no_grad():
             for parameter in source.parameters():
-                parameter.add_(0.1)
+                parameter.add_(0.01)
         torch.save(source.state_dict(), tmp_path / "model.pth")
         overlay = {"file": str(tmp_path / "model.pth"), "num_classes": 10}
         kwargs = {**self.kwargs, **self.ltm, **mode, "num_classes": classes}
@@ -351,7 +383,7 @@ class ModelContract(ExportContract):
         model.set_merging(trained != "plain")
         if trained != "paper" or classes == 10:  # its clusters are of the classes
             assert torch.equal(model.forward_features(x), source.forward_features(x))
-        assert model(x).shape == (3, classes or model.num_features)
+        assert model(x).shape == self.build_plain(num_classes=classes)(x).shape
         assert classes != 10 or torch.equal(model(x), source(x))
 
     def test_checkpoint_path_of_the_plain_model(self, x, tmp_path):
@@ -360,6 +392,11 @@ class ModelContract(ExportContract):
         model = self.build(checkpoint_path=str(tmp_path / "model.pth"))
         model.set_merging(False)
         assert torch.equal(model(x), plain(x))
+
+    def test_channels_last(self, model, x):
+        expected = model(x)
+        output = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
     def test_registered(self, model):
         assert self.name in timm.list_models("ltm_*")

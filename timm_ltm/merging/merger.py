@@ -261,7 +261,13 @@ def _lines(tokens: _Tokens, length: int) -> _Tokens:
 
 def _turned(tokens: _Tokens, height: int) -> _Tokens:
     """(L, H W, ...) -> (L, W H, ...) of each."""
-    return tuple(t if t is None else t.unflatten(1, (height, -1)).transpose(1, 2).flatten(1, 2) for t in tokens)
+    turned = []
+    for t in tokens:
+        if t is not None:
+            width, rest = t.shape[1] // height, t.shape[2:]
+            t = t.reshape(-1, height, width, *rest).transpose(1, 2).reshape(-1, width * height, *rest)
+        turned.append(t)
+    return tuple(turned)
 
 
 def _in_slots(update: Tensor, order: Tensor, cells: Tensor | None, P: int) -> tuple[Tensor, Tensor]:

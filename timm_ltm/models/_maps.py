@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from timm_ltm.models._common import LTMModel
 
-__all__ = ["LTMMapModel", "LTMStage", "adopt", "real_reduction"]
+__all__ = ["LTMMapModel", "LTMStage", "adopt", "input_size_of", "real_reduction"]
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -28,6 +29,12 @@ def real_reduction(img_size: Sequence[int], grid: Sequence[int]) -> int | float:
     """Pixels of an image's side per token of a map's side: a whole number where it is one."""
     reduction = max(size / n for size, n in zip(img_size, grid, strict=True))
     return int(reduction) if reduction == int(reduction) else reduction
+
+
+def input_size_of(variant: str, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) of the images that an entrypoint's arguments are for: that of the weights, where they do not say."""
+    given = {name: kwargs[name] for name in ("pretrained_cfg", "pretrained_cfg_overlay") if kwargs.get(name)}
+    return tuple(resolve_pretrained_cfg(variant, **given).input_size[-2:])
 
 
 class LTMStage(nn.Module):

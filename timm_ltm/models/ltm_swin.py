@@ -13,11 +13,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from timm.models.swin_transformer import (
-    checkpoint_filter_fn,
     SwinTransformer,
     SwinTransformerBlock,
     SwinTransformerStage,
     WindowAttention,
+    checkpoint_filter_fn,
     get_relative_position_index,
     window_partition,
     window_reverse,
@@ -60,11 +60,12 @@ class LTMWindowAttention(WindowAttention):
         """timm's forward; with ``window`` (h, w) other than timm's, x is (B windows, h w, D)."""
         if window is None or window == self.window_size:
             return super().forward(x, mask)
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 (B windows) heads N K
+        qkv = self.qkv(x).reshape(-1, x.shape[1], 3, self.num_heads, self.qkv.out_features // (3 * self.num_heads))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # 3 (B windows) heads N K
         q, k, v = qkv.unbind(0)
         bias = self._bias_of(window)
         if mask is not None:  # (B windows) heads N K -> B windows heads N K
-            q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
+            q, k, v = (t.reshape(-1, mask.shape[0], *t.shape[1:]) for t in (q, k, v))
             bias = bias + mask.unsqueeze(1)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
@@ -107,7 +108,7 @@ class LTMSwinBlock(SwinTransformerBlock):
         if self.merger is not None:
             z, state = self.merger(z, state, 0, self._mean_keys(h.flatten(1, 2)), None, observe)
         z = z + self.drop_path2(self.mlp(self.norm2(z)))
-        return z.unflatten(1, state.grid), state
+        return z.reshape(-1, *state.grid, z.shape[2]), state  # B (H' W') D -> B H' W' D
 
     def _mean_keys(self, h: Tensor) -> Tensor:
         shape = (3, self.attn.num_heads, -1)  # 3 heads K
@@ -128,7 +129,7 @@ class LTMSwinBlock(SwinTransformerBlock):
         H_, W_ = x.shape[1:3]
         mask = shift_mask(H_, W_, window, shift, x) if any(shift) else None
         windows = window_partition(x, window).flatten(1, 2)  # B H W D -> (B windows) N D
-        windows = self.attn(windows, mask, window).unflatten(1, window)
+        windows = self.attn(windows, mask, window).reshape(-1, *window, x.shape[3])
         x = window_reverse(windows, window, H_, W_)[:, :H, :W]
         return x.roll(shift, dims=(1, 2)) if any(shift) else x
 
@@ -179,42 +180,42 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
 
     def _add_mergers(self, dd: dict[str, Any]) -> None:
         """After timm's own initialisation, so that its random numbers are those of the plain model."""
-        self.block_ratios = self.merge_config.ratios_for([stage.depth for stage in self.layers])
-        ratios, behind = iter(self.block_ratios), False
-        for i, stage in enumerate(self.layers):
-            of_stage = [next(ratios) for _ in stage.blocks]
-            if not behind and min(of_stage) == 1:
+        config = self.merge_config
+        self.block_ratios = config.ratios_for([stage.depth for stage in self.layers])
+        behind = False
+        for i, (stage, blocks) in enumerate(zip(self.layers, self._plan(), strict=True)):
+            if not behind and all(ratio == 1 for ratio, _ in blocks):
                 continue
-            self.layers[i] = stage = adopt(LTMSwinStage, stage, cluster_grid=self.merge_config.cluster_grid)
+            self.layers[i] = stage = adopt(LTMSwinStage, stage, cluster_grid=config.cluster_grid)
             first = True
-            for j, ratio in enumerate(of_stage):
-                block = adopt(LTMSwinBlock, stage.blocks[j], merger=None, behind_merger=behind)
+            for j, (ratio, grid) in enumerate(blocks):
+                stage.blocks[j] = block = adopt(LTMSwinBlock, stage.blocks[j], merger=None, behind_merger=behind)
                 block.attn = adopt(LTMWindowAttention, block.attn)
-                stage.blocks[j] = block
                 if ratio < 1:
-                    tokens = tuple(block.input_resolution)
-                    block.merger = TokenMerger(
-                        block.dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
-                    )
+                    block.merger = TokenMerger(block.dim, grid, ratio, config, self.num_classes, first=first, **dd)
                     first, behind = False, True
-        self._set_reductions()
 
-    def _set_reductions(self) -> None:
-        """``feature_info`` of merged maps, at the model's input size."""
-        grid = size = self.patch_embed.grid_size
-        patch = self.patch_embed.patch_size
-        ratios = iter(self.block_ratios)
+    def _plan(self) -> list[list[tuple[float, tuple[int, int]]]]:
+        """For each block of each stage: its ratio and the (H, W) it sees at the model's input size.
+
+        Tells ``feature_info`` of the maps that leave the stages.
+        """
+        size, grid = self.patch_embed.img_size, self.patch_embed.grid_size
+        ratios, plan = iter(self.block_ratios), []
         for i, (info, stage) in enumerate(zip(self.feature_info, self.layers, strict=False)):
-            grid = tuple(-(-n // 2) for n in grid) if i else grid
+            grid = tuple(-(-n // 2) for n in grid) if i else tuple(grid)
+            plan.append([])
             for _ in stage.blocks:
-                grid = slots_of(grid, next(ratios))
-            info["reduction"] = real_reduction([n * p for n, p in zip(size, patch, strict=True)], grid)
+                plan[-1].append((next(ratios), grid))
+                grid = slots_of(grid, plan[-1][-1][0])
+            info["reduction"] = real_reduction(size, grid)
+        return plan
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None, **kwargs: Any) -> None:
         now = self.patch_embed.img_size, self.patch_embed.patch_size
         self._check_not_tied(now, resized(now, img_size, patch_size))
         super().set_input_size(img_size=img_size, patch_size=patch_size, **kwargs)
-        self._set_reductions()
+        self._plan()
 
     def forward_intermediates(
         self,
@@ -287,7 +288,7 @@ def _create_ltm_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> L
 @register_model
 def ltm_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
     """LTM on Swin-T, at the budget of the paper's Table 1: 3.8 GFLOPs, 30.5 M parameters."""
-    ltm_defaults = dict(compression_ratio=(1.0,) * 4 + (0.73,) + (1.0,) * 7)
+    ltm_defaults = dict(compression_ratio=(1.0,) * 3 + (0.73,) + (1.0,) * 8)
     model_args = dict(
         patch_size=4,
         window_size=7,
@@ -300,6 +301,48 @@ def ltm_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) ->
 
 
 @register_model
+def ltm_swin_small_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """LTM on Swin-S."""
+    ltm_defaults = dict(compression_ratio=(1.0,) * 3 + (0.73,) + (1.0,) * 20)
+    model_args = dict(
+        patch_size=4,
+        window_size=7,
+        embed_dim=96,
+        depths=(2, 2, 18, 2),
+        num_heads=(3, 6, 12, 24),
+        ltm_defaults=ltm_defaults,
+    )
+    return _create_ltm_swin("ltm_swin_small_patch4_window7_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ltm_swin_base_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """LTM on Swin-B, at the budget of the paper's Table 1: 12.0 GFLOPs, 92 M parameters."""
+    ltm_defaults = dict(compression_ratio=(1.0,) * 3 + (0.73,) + (1.0,) * 20)
+    model_args = dict(
+        patch_size=4,
+        window_size=7,
+        embed_dim=128,
+        depths=(2, 2, 18, 2),
+        num_heads=(4, 8, 16, 32),
+        ltm_defaults=ltm_defaults,
+    )
+    return _create_ltm_swin("ltm_swin_base_patch4_window7_224", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def ltm_swin_tiny(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
     """Short for ``ltm_swin_tiny_patch4_window7_224``."""
     return ltm_swin_tiny_patch4_window7_224(pretrained, **kwargs)
+
+
+@register_model
+def ltm_swin_small(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """Short for ``ltm_swin_small_patch4_window7_224``."""
+    return ltm_swin_small_patch4_window7_224(pretrained, **kwargs)
+
+
+@register_model
+def ltm_swin_base(pretrained: bool = False, **kwargs: Any) -> LTMSwinTransformer:
+    """Short for ``ltm_swin_base_patch4_window7_224``."""
+    return ltm_swin_base_patch4_window7_224(pretrained, **kwargs)
