@@ -31,7 +31,7 @@ class ExportContract:
     def check_exported(self, exported, model):
         x = self.images(5)
         for batch in (1, 5):
-            assert_close(exported(x[:batch]), model(x[:batch]).detach(), rtol=1e-4, atol=1e-5)
+            assert_close(exported(x[:batch]), model(x[:batch]).detach(), rtol=1e-4, atol=self.tolerance)
 
     def test_compile(self, x):
         model = self.build(**self.shallow)

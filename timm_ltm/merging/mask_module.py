@@ -176,7 +176,7 @@ class MaskModule(nn.Module):
 
     def _of_image(self, x: Tensor) -> Tensor:
         """(B parts, ...) -> (B, ...): the mean of what is merged alike."""
-        return x if self.parts == 1 else x.unflatten(0, (-1, self.parts)).mean(dim=1)
+        return x if self.parts == 1 else x.reshape(-1, self.parts, *x.shape[1:]).mean(dim=1)
 
     def _values(self, z: Tensor, num_prefix: int = 0) -> tuple[Tensor | None, Tensor | None]:
         """What is clustered and MLP(Z), (B, N, d) each; nothing without an update.

@@ -262,9 +262,11 @@ def _shared(mask: Any, lines: int, parts: int) -> Any:
     """A mask of B ``lines`` lines for B ``parts`` ``lines`` of them: one for all parts of an image."""
     if parts == 1:
         return mask
-    # (B L) ... -> B 1 L ... -> (B S L) ...
-    grouped = (t.unflatten(0, (-1, lines)).unsqueeze(1) for t in mask)
-    return type(mask)(*(t.expand(-1, parts, *t.shape[2:]).flatten(0, 2) for t in grouped))
+    shared = []
+    for t in mask:  # (B L) ... -> B 1 L ... -> (B S L) ...
+        B, rest = t.shape[0] // lines, t.shape[1:]
+        shared.append(t.reshape(B, 1, lines, *rest).expand(B, parts, lines, *rest).reshape(B * parts * lines, *rest))
+    return type(mask)(*shared)
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:

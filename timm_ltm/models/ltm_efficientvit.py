@@ -24,7 +24,7 @@ __all__ = ["LTMEfficientVit", "LTMEfficientVitBlock"]
 
 def _to_tokens(x: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, H W, D)."""
-    return x.flatten(2).transpose(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], -1).transpose(1, 2)
 
 
 class LTMEfficientVitBlock(EfficientVitBlock):
