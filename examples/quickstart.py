@@ -58,7 +58,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, title:
     torch.manual_seed(seed)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     scheduler = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=5, warmup_lr_init=1e-4, lr_min=1e-5)
-    refresh = timm_ltm.ClusterRefresh(model) if hasattr(model, "merge_config") else None
+    refresh = timm_ltm.ClusterRefresh(model) if any(hasattr(m, "merge_config") for m in model.modules()) else None
     bar = tqdm(range(epochs), desc=title, unit="epoch")
     for epoch in bar:
         scheduler.step(epoch)

@@ -231,20 +231,6 @@ class TestViT(ModelContract):
             self.build(block_fn=ParallelScalingBlock)
 
 
-@pytest.mark.parametrize("name", timm.list_models("ltm_vit_*", include_tags=True))
-def test_registered_models_are_those_of_timm(name):
-    """Sizes and preprocessing are the plain model's, so its weights fit."""
-    plain = name.removeprefix("ltm_").replace("vit_test", "test_vit")
-    ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (name, plain))
-    theirs.update(architecture=name.split(".")[0], custom_load=False)
-    theirs.pop("url")
-    assert ours == theirs
-    model, counterpart = (timm.create_model(n, device="meta") for n in (name, plain))
-    shapes = {key: value.shape for key, value in model.state_dict().items() if ".merger." not in key}
-    assert shapes == {key: value.shape for key, value in counterpart.state_dict().items()}
-    assert list(model.mergers()), "it merges by default"
-
-
 def test_distillation_token():
     """DeiT's two prefix tokens pass through unmerged; merging off, logits are timm's."""
     kwargs = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}
