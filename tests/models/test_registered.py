@@ -7,6 +7,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_ltm  # noqa: F401  registers the models
+
 SHORT = {"ltm_swin_tiny", "ltm_swin_small", "ltm_swin_base"}
 NAMES = [name for name in timm.list_models("ltm_*") if name not in SHORT]
 # GMACs and millions of parameters at most: the paper's ratios to the plain model (Tables 1 and 2), of timm's models
