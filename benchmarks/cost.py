@@ -23,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_ltm  # noqa: F401  registers the models
 
 HALF = {"vit_small_patch16_224": (0.72, 1.0, 1.0) * 4, "vit_base_patch16_224": (0.7, 1.0, 1.0) * 4}  # half the GMACs
-SLACK = 0.03  # of the latency ratio over the GMACs ratio
+MAPS = ["swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224", "mobilevit_xxs", "mobilevit_xs", "mobilevit_s"]
+MAPS += ["efficientvit_b1.r224_in1k", "efficientvit_b1.r288_in1k"]
+SLACK = {True: 0.03, False: 0.08}  # of the latency ratio over the GMACs ratio: of ViT, of models with maps
 WARMUP = 2
 
 
@@ -65,18 +67,20 @@ def nearest_tome(name: str, target: float, x: Tensor) -> Entry:
     return Entry(f"ToMe {name}, r={best[0]}", model, best[1])
 
 
-def family(name: str, x: Tensor) -> tuple[Entry, list[tuple[Entry, Entry]]]:
-    """The plain model, and pairs of LTM and ToMe: at LTM's default ratio, and at about half of the plain GMACs."""
+def family(name: str, x: Tensor) -> tuple[Entry, list[tuple[Entry, Entry | None]]]:
+    """The plain model, and LTM at its default ratio; of ViT at about half the GMACs too, each paired with ToMe."""
     model = timm.create_model(name).to(x).eval()
-    plain, pairs = Entry(name, model, count_gmacs(model, x)), []
-    for settings in ({}, {"compression_ratio": HALF.get(name, (0.72, 1.0, 1.0) * 4)}):
+    plain, pairs, is_vit = Entry(name, model, count_gmacs(model, x)), [], "patch16" in name
+    for settings in ({}, {"compression_ratio": HALF.get(name, (0.72, 1.0, 1.0) * 4)})[: 1 + is_vit]:
         model = timm.create_model(f"ltm_{name}", **settings).to(x).eval()
-        ratios = model.merge_config.ratios_for(len(model.blocks))
-        period = next(p for p in range(1, len(ratios) + 1) if ratios == ratios[:p] * (len(ratios) // p))
-        short = f"{ratios[:period]} * {len(ratios) // period}" if period > 1 else ratios[0]
-        label = f"ltm_{name}, compression_ratio={short}"
+        label = f"ltm_{name}"
+        if is_vit:
+            ratios = model.block_ratios
+            period = next(p for p in range(1, len(ratios) + 1) if ratios == ratios[:p] * (len(ratios) // p))
+            short = f"{ratios[:period]} * {len(ratios) // period}" if period > 1 else ratios[0]
+            label += f", compression_ratio={short}"
         ltm = Entry(label, model, count_gmacs(model, x))
-        pairs.append((ltm, nearest_tome(name, ltm.gmacs, x)))
+        pairs.append((ltm, nearest_tome(name, ltm.gmacs, x) if is_vit else None))
     return plain, pairs
 
 
@@ -110,47 +114,54 @@ def table(plain: Entry, entries: list[Entry]) -> str:
     lines.append("|:---" + "|---:" * 5 + "|")
     for entry in entries:
         lines.append(
-            f"| {entry.name} | {entry.gmacs:.2f} | {entry.gmacs / plain.gmacs:.3f} | {entry.parameters:.2f} "
+            f"| {entry.name} | {entry.gmacs:.3f} | {entry.gmacs / plain.gmacs:.3f} | {entry.parameters:.2f} "
             f"| {entry.latency / plain.latency:.3f} | {entry.latency:.1f} |"
         )
     return "\n".join(lines)
 
 
-def facts(plain: Entry, ltm: Entry, tome: Entry) -> str:
+def facts(plain: Entry, ltm: Entry, tome: Entry | None) -> str:
     """What the table says of one pair."""
-    latency, gmacs = ltm.latency / plain.latency, ltm.gmacs / plain.gmacs
-    follows = "yes" if latency <= gmacs + SLACK else "no"
-    no_slower = "yes" if ltm.latency <= tome.latency else "no"
-    return (
-        f"{ltm.name}\n"
-        f"- latency ratio <= GMACs ratio + {SLACK}: {follows} ({latency:.3f}, {gmacs:.3f} + {SLACK})\n"
-        f"- no slower than ToMe at equal GMACs: {no_slower} ({ltm.latency:.1f} ms at {ltm.gmacs:.2f} GMACs, "
-        f"{tome.latency:.1f} ms at {tome.gmacs:.2f} GMACs)"
-    )
+    latency, gmacs, slack = ltm.latency / plain.latency, ltm.gmacs / plain.gmacs, SLACK[tome is not None]
+    follows = "yes" if latency <= gmacs + slack else "no"
+    lines = [ltm.name, f"- latency ratio <= GMACs ratio + {slack}: {follows} ({latency:.3f}, {gmacs:.3f} + {slack})"]
+    if tome is not None:
+        no_slower = "yes" if ltm.latency <= tome.latency else "no"
+        lines.append(
+            f"- no slower than ToMe at equal GMACs: {no_slower} ({ltm.latency:.1f} ms at {ltm.gmacs:.2f} GMACs, "
+            f"{tome.latency:.1f} ms at {tome.gmacs:.2f} GMACs)"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Print the table of each family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(HALF), help="plain timm models that have an ltm_ one")
+    parser.add_argument("--models", nargs="+", default=[*HALF, *MAPS], help="plain timm models that have an ltm_ one")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--channels-last", action="store_true", help="memory format of the models and images")
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     dd = {"device": torch.device(args.device), "dtype": getattr(torch, args.dtype)}
     threads = f", {torch.get_num_threads()} threads" if dd["device"].type == "cpu" else ""
-    mode = "compiled" if args.compile else "eager"
+    mode = ("compiled" if args.compile else "eager") + (", channels last" if args.channels_last else "")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {args.device}{threads}, {args.dtype}, {mode},")
     print(f"batch {args.batch}. Latency: median of {args.rounds} rounds; its ratio: of medians.")
     for name in args.models:
         size = timm.get_pretrained_cfg(name).input_size
         plain, pairs = family(name, torch.randn(1, *size, **dd))
-        entries = [plain, *(entry for pair in pairs for entry in pair)]
-        measure(entries, torch.randn(args.batch, *size, **dd), args.rounds, args.compile)
+        entries = [plain, *(entry for pair in pairs for entry in pair if entry is not None)]
+        images = torch.randn(args.batch, *size, **dd)
+        if args.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+            for entry in entries:
+                entry.model.to(memory_format=torch.channels_last)
+        measure(entries, images, args.rounds, args.compile)
         print(f"\n{table(plain, entries)}\n")
         for pair in pairs:
             print(facts(plain, *pair))

@@ -20,7 +20,14 @@ COMMON = dict(in_chans=1, num_classes=10)
 FAMILIES = {  # timm's model, arguments of both, of LTM, size of images
     "swin": (
         "swin_tiny_patch4_window7_224",
-        dict(img_size=112, embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.0),
+        dict(
+            img_size=112,
+            embed_dim=24,
+            depths=(2, 2, 2, 2),
+            num_heads=(1, 2, 4, 8),
+            drop_path_rate=0.0,
+            weight_init="moco",
+        ),
         dict(compression_ratio=(1.0, 1.0, 1.0, 0.73, 1.0, 1.0, 1.0, 1.0), cluster_dim=16),  # where the default merges
         112,
     ),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_ltm.merging import RunningClusters
+from timm_ltm.merging.update import no_autocast
 from timm_ltm.models import _common
 from timm_ltm.models._common import LTMModel
 
@@ -105,6 +106,25 @@ class ClusterRefresh:
             for merger in self.mergers.values():
                 merger.labels = targets
 
+    def ib_loss(self, targets: Tensor) -> Tensor:
+        """After the forward pass of a training batch and before :meth:`step`: what to add to the loss.
+
+        ``ib_loss_weight`` times the IB bound of the pooled features that each block updates its mask from, summed over
+        blocks, from ``ib_loss_start_epoch`` on; the bound's part that no mask changes is left out. Zero until clusters
+        are there. Recomputed activations (gradient checkpointing) have to be of the non-reentrant kind, timm's default.
+
+        Args:
+            targets: As of :meth:`step`.
+        """
+        config, total = self.model.merge_config, torch.zeros((), device=targets.device)
+        if config.ib_loss_weight and self.model.merging and self.model.epoch >= config.ib_loss_start_epoch:
+            one_hot = self._one_hot(targets)
+            for merger in self.mergers.values():
+                if merger.features is not None:
+                    with no_autocast(one_hot):
+                        total = total + merger.clusters.label_term(merger.features, one_hot)
+        return config.ib_loss_weight * total
+
     @torch.no_grad()
     def step(self, targets: Tensor) -> None:
         """After the forward pass of a training batch.
@@ -186,7 +206,10 @@ class ClusterRefresh:
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.model.training:
-                self.step(_target(args, kwargs))
+                target = _target(args, kwargs)
+                if self.model.merge_config.ib_loss_weight:
+                    output["loss"] = output["loss"] + self.ib_loss(target)
+                self.step(target)
 
         task.register_forward_pre_hook(before, with_kwargs=True)
         task.register_forward_hook(after, with_kwargs=True)

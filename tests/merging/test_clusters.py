@@ -185,12 +185,12 @@ def test_fewer_features_than_clusters():
 
 def test_forward_is_the_direction_of_the_functions(blobs):
     x, y = blobs
-    clusters = Clusters(5, 6, num_classes=3, true_labels=True)
+    clusters = Clusters(5, 6, num_classes=3, keeps_q=True)
     epoch(RunningClusters(clusters, 3, normalize=False), x, y)
     phi = assign(x, clusters.centroids, clusters.temperature)
     expected = direction(phi, posterior_scores(phi, clusters.scores), clusters.centroids)
     torch.testing.assert_close(clusters(x), expected)
-    literal = direction(phi, clusters.log_q.t()[y], clusters.centroids)
+    literal = direction(phi, clusters.log_q.t()[y] / clusters.q_scale, clusters.centroids)
     torch.testing.assert_close(clusters(x, y), literal)
     torch.testing.assert_close(clusters(x, F.one_hot(y, 3)), literal)
 

@@ -93,8 +93,8 @@ class Clusters(nn.Module):
     Args:
         num_clusters: A.
         num_features: F.
-        num_classes: K, of the head in training. Only ``true_labels`` makes buffers depend on it.
-        true_labels: Keep log Q (A, K), which the literal Eq. 3 reads with the label.
+        num_classes: K, of the head in training. Only ``keeps_q`` makes buffers depend on it.
+        keeps_q: Keep log Q (A, K), which the literal Eq. 3 and the IB loss read with the label.
 
     Attributes:
         centroids: C (A, F).
@@ -107,7 +107,7 @@ class Clusters(nn.Module):
         num_clusters: int,
         num_features: int,
         num_classes: int = 0,
-        true_labels: bool = False,
+        keeps_q: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,13 +116,16 @@ class Clusters(nn.Module):
         self.register_buffer("centroids", torch.zeros(num_clusters, num_features, **dd))
         self.register_buffer("temperature", torch.ones((), **dd))
         self.register_buffer("scores", torch.zeros(num_clusters, num_clusters, **dd))
-        self.register_buffer("log_q", torch.zeros(num_clusters, num_classes, **dd) if true_labels else None)
+        self.register_buffer("log_q", torch.zeros(num_clusters, num_classes, **dd) if keeps_q else None)
+        self.register_buffer("q_scale", torch.ones((), **dd) if keeps_q else None)
 
     def reset_parameters(self) -> None:
         """Back to the state before the first refresh."""
         for buffer in self.buffers():
             buffer.zero_()
         self.temperature.fill_(1.0)
+        if self.q_scale is not None:
+            self.q_scale.fill_(1.0)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """dir of pooled features x (B, F) -> (B, F), in float32 or more.
@@ -135,11 +138,28 @@ class Clusters(nn.Module):
         centroids = self.centroids.to(x.dtype)
         phi = assign(x, centroids, self.temperature.to(x.dtype))
         if labels is not None and self.log_q is not None:
-            log_q = self.log_q.to(x.dtype).t()  # K A
-            w = log_q[labels] if labels.ndim == 1 else labels.to(x.dtype) @ log_q
+            w = self._of_labels(labels, x.dtype) / self.q_scale.to(x.dtype)
         else:
             w = posterior_scores(phi, self.scores.to(x.dtype))
         return direction(phi, w, centroids)
+
+    def _of_labels(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """log Q(a | y) (B, A) of labels (B,) or (B, K)."""
+        log_q = self.log_q.to(dtype).t()  # K A
+        return log_q[labels] if labels.ndim == 1 else labels.to(dtype) @ log_q
+
+    def label_term(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The part of IBB (Theorem 3.1) that depends on merged features: -1/n sum_ia phi_ia log Q(a | y_i), in nats.
+
+        The other part, of input features, is the same whatever the mask: phi's rows sum to 1.
+
+        Args:
+            x: (B, F) pooled merged features.
+            labels: (B,) or (B, K).
+        """
+        x = at_least_float32(x)
+        phi = assign(x, self.centroids.to(x.dtype), self.temperature.to(x.dtype))
+        return -(phi * self._of_labels(labels, x.dtype)).sum(dim=1).mean()
 
     def extra_repr(self) -> str:
         return f"clusters={self.centroids.shape[0]}, features={self.centroids.shape[1]}"
@@ -240,8 +260,12 @@ class RunningClusters:
             return
         for value in (self.sums, self.counts, self.joint, self.classes, self.skipped):
             dist.all_reduce(value)
+        # of a full reservoir, a fair share: what is gathered does not grow with the number of processes
+        share = min(self.size, 2 * math.ceil(self.size / dist.get_world_size()))
+        rows = torch.randperm(self.size, generator=self.generator) if self.seen > share else torch.arange(self.size)
+        rows = rows[:share].to(self.features.device)
         for name in ("features", "labels"):
-            mine = getattr(self, name)[: self.size].contiguous()
+            mine = getattr(self, name)[rows].contiguous()
             everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(everyone, mine)
             setattr(self, name, torch.cat((*everyone, mine[:1])))
@@ -282,7 +306,9 @@ class RunningClusters:
         clusters = self.clusters
         if first:
             generator = torch.Generator().manual_seed(self.seed)
-            clusters.centroids.copy_(kmeans(x, len(self.counts), generator=generator))
+            # in an order of their own: draws do not depend on which process saw which image, and when
+            order = (x.double().cpu() @ torch.arange(1, x.shape[1] + 1).double().sin()).argsort().to(x.device)
+            clusters.centroids.copy_(kmeans(x[order], len(self.counts), generator=generator))
             return torch.zeros_like(self.counts, dtype=torch.bool)
         empty = self.counts <= 0
         centroids = torch.where(
@@ -312,6 +338,6 @@ class RunningClusters:
             centroids = clusters.centroids.float()
             scale = direction(phi, posterior_scores(phi, scores), centroids).square().mean().sqrt()
             scores = scores / scale.clamp_min(_SCALE_FLOOR)
-            if clusters.log_q is not None:
-                clusters.log_q.div_(scale.clamp_min(_SCALE_FLOOR))
+            if clusters.q_scale is not None:
+                clusters.q_scale.copy_(scale.clamp_min(_SCALE_FLOOR))
         clusters.scores.copy_(scores)

@@ -72,6 +72,9 @@ class MergeConfig:
         temperature: ``"fit"``: T is fitted at each refresh so that the mean entropy of phi is half of log A.
             A number: fixed.
         momentum: Of the running mean update in ``mask_mode="batch"``, as in BatchNorm.
+        ib_loss_weight: Of the IB bound in the training loss, which :class:`timm_ltm.ClusterRefresh` adds under a timm
+            task, and offers as ``ib_loss`` to other loops. The authors' code has 0.1.
+        ib_loss_start_epoch: Epochs of training before that. The authors' code has 30 % of them.
 
     Raises:
         ValueError: A setting is out of range or two settings contradict each other.
@@ -95,9 +98,11 @@ class MergeConfig:
     tau: float = 0.1
     temperature: float | str = "fit"
     momentum: float = 0.1
+    ib_loss_weight: float = 0.0
+    ib_loss_start_epoch: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("merge_warmup_epochs", "num_clusters", "cluster_dim", "cluster_grid"):
+        for name in ("merge_warmup_epochs", "num_clusters", "cluster_dim", "cluster_grid", "ib_loss_start_epoch"):
             if not isinstance(getattr(self, name), int):
                 raise _error(name, getattr(self, name), "a whole number", "Leave it out for the default.")
         for ratio in self.ratios:
@@ -112,8 +117,8 @@ class MergeConfig:
             raise _error("merge_warmup_epochs", self.merge_warmup_epochs, "0 or more", "0 merges from the start.")
         if self.num_clusters < 0 or self.num_clusters == 1:
             raise _error("num_clusters", self.num_clusters, "2 or more, or 0", "update=False does without clusters.")
-        for name in ("cluster_dim", "cluster_grid"):
-            if getattr(self, name) < 0:
+        for name in ("cluster_dim", "cluster_grid", "ib_loss_weight", "ib_loss_start_epoch"):
+            if not getattr(self, name) >= 0:
                 raise _error(name, getattr(self, name), "0 or more", "Leave it out for the default.")
         if self.temperature != "fit" and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
             raise _error(
@@ -126,6 +131,10 @@ class MergeConfig:
             raise _error("tau", self.tau, "a number in (0, 1]", "A smaller one makes the first mask sharper.")
         if not 0 < self.momentum <= 1:
             raise _error("momentum", self.momentum, "a number in (0, 1]", "0.1 is BatchNorm's.")
+        if self.ib_loss_weight and not self.update:
+            raise _error(
+                "ib_loss_weight", self.ib_loss_weight, "0 with update=False", "Without it, nothing is clustered."
+            )
         if self.carry_mask and not self.update and self.first_mask == "anchors":
             raise _error("carry_mask", True, "False with update=False", "Anchors are found anew in each block.")
         if self.mask_form == "anchored" and self.first_mask != "anchors":
@@ -134,6 +143,11 @@ class MergeConfig:
             raise _error(
                 "mask_softmax", self.mask_softmax, "'slots' with mask_form='anchored'", "Set mask_form='dense'."
             )
+
+    @property
+    def keeps_q(self) -> bool:
+        """Whether anything reads log Q with the label: its size depends on the number of classes."""
+        return self.labels == "true" or self.ib_loss_weight > 0
 
     @property
     def ratios(self) -> tuple[float, ...]:

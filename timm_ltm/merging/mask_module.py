@@ -129,7 +129,7 @@ class MaskModule(nn.Module):
 
     def _new_clusters(self, num_classes: int, **dd: Any) -> Clusters:
         A = self.config.num_clusters or max(num_classes, 2)  # without a head, a checkpoint tells: see fit_clusters
-        return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.labels == "true", **dd)
+        return Clusters(A, self.num_cells * self.cluster_dim, num_classes, self.config.keeps_q, **dd)
 
     def reset_parameters(self) -> None:
         """Initial values: timm's for ViT's linear layers, and no clusters or epochs yet."""
@@ -207,7 +207,7 @@ class MaskModule(nn.Module):
         assert pooled is not None, "one cell per slot needs merged features"
         flat = pooled.flatten(1)  # B (c d)
         if self.training and self.collecting:
-            self.features = flat.detach()
+            self.features = flat if self.config.ib_loss_weight else flat.detach()
         labels = self.labels if self.training else None
         if labels is not None and labels.shape[0] != flat.shape[0]:
             raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")

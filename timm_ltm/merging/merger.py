@@ -89,6 +89,22 @@ class TokenMerger(MaskModule):
         Returns:
             Merged tokens (B parts, num_prefix + P, D) and their state.
         """
+        if observe:
+            with torch.no_grad():
+                return z, self._mask(z, state, num_prefix, keys, inputs, observe)[1]
+        mask, after = self._mask(z, state, num_prefix, keys, inputs)
+        return merge(z, mask, num_prefix, self.parts), after
+
+    def _mask(
+        self,
+        z: Tensor,
+        state: MergeState,
+        num_prefix: int,
+        keys: Tensor | None,
+        inputs: Tensor | None,
+        observe: bool = False,
+    ) -> tuple[Any, MergeState]:
+        """The mask of these tokens, and the state of merged ones."""
         N = z.shape[1] - num_prefix
         if self.tied and self.num_tokens != N and not observe:
             raise ValueError(
@@ -103,12 +119,10 @@ class TokenMerger(MaskModule):
             unit = F.normalize(at_least_float32(self._of_image(keys)[:, num_prefix:]), dim=2)
         if self.config.mask_form == "dense":
             X = self._of_image(inputs)[:, num_prefix:] if inputs is not None else None
-            mask, after = self._dense(z, state, num_prefix, slots, unit, X, observe)
-        elif isinstance(slots, tuple):
-            mask, after = self._lines(z, state, slots, unit, observe)
-        else:
-            mask, after = self._anchored(z, state, num_prefix, slots, unit, observe)
-        return (z, after) if observe else (merge(z, mask, num_prefix, self.parts), after)
+            return self._dense(z, state, num_prefix, slots, unit, X, observe)
+        if isinstance(slots, tuple):
+            return self._lines(z, state, slots, unit, observe)
+        return self._anchored(z, state, num_prefix, slots, unit, observe)
 
     def _anchors(self, unit: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
         """The order (anchors, then the others), unit keys in it, and the logits (B, M, P) of others to anchors."""

@@ -98,11 +98,7 @@ class LTMBlock(Block):
             attended, keys = self.attn(h), self._mean_keys(h)
         z = x + self.drop_path1(self.ls1(attended))
         inputs = x if self.merger.starts_mask else None
-        if observe:
-            with torch.no_grad():
-                _, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs, observe=True)
-        else:
-            z, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs)
+        z, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs, observe)
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
 
     def _mean_keys(self, h: Tensor) -> Tensor:
