@@ -1,0 +1,144 @@
+"""timm's own ``train.py``, unmodified. It is not in timm's wheel: TIMM_SOURCE names a clone of timm's repository.
+
+TIMM_SOURCE=path/to/pytorch-image-models python -m pytest -m slow tests/test_timm_scripts.py
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SOURCE = os.environ.get("TIMM_SOURCE")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(SOURCE is None, reason="TIMM_SOURCE does not name a clone of timm's repository"),
+]
+MODEL = [
+    "--model", "ltm_vit_test", "--model-kwargs", "img_size=32", "patch_size=8", "merge_warmup_epochs=1",
+    "compression_ratio=0.75", "num_clusters=8", "--img-size", "32",
+]  # fmt: skip
+OTHERS = {
+    "ltm_swin_tiny": [
+        "img_size=64", "embed_dim=16", "num_heads=[1,1,2,2]", "depths=[1,1,2,1]", "merge_warmup_epochs=1",
+        "compression_ratio=[1.0,0.7,1.0,1.0,1.0]",
+    ],
+    "ltm_mobilevit_xxs": ["merge_warmup_epochs=1", "compression_ratio=[0.4,1.0,1.0]"],
+    "ltm_efficientvit_b0": ["merge_warmup_epochs=1", "compression_ratio=[0.4,1.0]"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An ImageFolder of digits: 96 to train on, 32 to validate."""
+    root = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits(return_X_y=True)
+    for i, (image, label) in enumerate(zip(images[:128], labels[:128], strict=True)):
+        folder = root / ("train" if i < 96 else "validation") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray((image.reshape(8, 8) * 15).astype("uint8")).resize((64, 64))
+        picture.convert("RGB").save(folder / f"{i}.png")
+    for label in range(10):
+        (root / "validation" / str(label)).mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def run(data, output, *args, model=MODEL, epochs=2, processes=1, name="run"):
+    """train.py's last checkpoint and the rows of its summary."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [
+        str(Path(SOURCE) / "train.py"), "--data-dir", str(data), "--device-modules", "timm_ltm", "--device", "cpu",
+        "--num-classes", "10", "-b", "16", "-vb", "16", "-j", "1", "--epochs", str(epochs), "--warmup-epochs", "0",
+        "--opt", "adamw", "--lr", "1e-3", "--output", str(output), "--experiment", name,
+        *model, *args,
+    ]  # fmt: skip
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "ClusterRefresh attached" in done.stdout + done.stderr
+    with open(output / name / "summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    return torch.load(output / name / "last.pth.tar", weights_only=False), rows
+
+
+def check(checkpoint, epochs=2, key="state_dict"):
+    state = checkpoint[key]
+    mergers = [k.removesuffix("clusters.centroids") for k in state if k.endswith("merger.clusters.centroids")]
+    assert mergers
+    for name in mergers:
+        assert state[name + "epoch"] == epochs, name
+        assert state[name + "clusters.centroids"].any(), name
+    assert all(value.isfinite().all() for value in state.values())
+
+
+FLAGS = {
+    "smoothing": ["--smoothing", "0.1"],
+    "bfloat16": ["--amp", "--amp-dtype", "bfloat16"],
+    "ema": ["--model-ema", "--model-ema-decay", "0.9"],
+    "ema on the cpu": ["--model-ema", "--model-ema-force-cpu"],
+    "mixup and cutmix": ["--mixup", "0.8", "--cutmix", "1.0"],
+    "accumulation": ["--grad-accum-steps", "2"],
+    "compiled": ["--torchcompile", "aot_eager"],
+    "checkpointing": ["--grad-checkpointing"],
+    "binary cross-entropy": ["--bce-loss"],
+    "logit distillation": ["--kd-model-name", "test_convnext"],
+    "feature distillation": ["--kd-model-name", "test_convnext", "--kd-distill-type", "feature"],
+    "ib loss": ["--model-kwargs", *MODEL[3:7], "ib_loss_weight=0.1", "ib_loss_start_epoch=1"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags(data, tmp_path, flags):
+    checkpoint, rows = run(data, tmp_path, *FLAGS[flags])
+    assert len(rows) == 2
+    check(checkpoint)
+    if "ema" in flags:
+        check(checkpoint, key="state_dict_ema")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families(data, tmp_path, name):
+    check(run(data, tmp_path, model=["--model", name, "--model-kwargs", *OTHERS[name], "--img-size", "64"])[0])
+
+
+@pytest.mark.parametrize("flags", [[], ["--model-ema", "--mixup", "0.8", "--amp", "--amp-dtype", "bfloat16"]], ids=str)
+def test_two_processes(data, tmp_path, flags):
+    check(run(data, tmp_path, *flags, processes=2)[0])
+
+
+def test_validation_every_second_epoch(data, tmp_path):
+    checkpoint, rows = run(data, tmp_path, "--val-interval", "2", epochs=4)
+    check(checkpoint, 4)
+    assert rows
+
+
+@pytest.mark.parametrize("how", ["path", "auto"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resume(data, tmp_path, how, stop):
+    """Stopped in warm-up, or after it."""
+    longer = [
+        *MODEL[:4],
+        "patch_size=8",
+        "merge_warmup_epochs=2",
+        "compression_ratio=0.75",
+        "num_clusters=8",
+        *MODEL[-2:],
+    ]
+    checkpoint, _ = run(data, tmp_path, epochs=stop, model=longer)
+    assert {int(v) for k, v in checkpoint["state_dict"].items() if k.endswith("merger.epoch")} == {stop}
+    last = tmp_path / "run" / "last.pth.tar"
+    if how == "path":
+        last = shutil.copy(last, tmp_path / "stopped.pth.tar")
+    checkpoint, _ = run(data, tmp_path, "--resume", "auto" if how == "auto" else str(last), epochs=3, model=longer)
+    check(checkpoint, 3)
