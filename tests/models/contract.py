@@ -242,6 +242,8 @@ class ModelContract(ExportContract):
         kept = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
         parameters = len(list(model.parameters()))
         assert sorted(model.prune_intermediate_layers([0, 1])) == [0, 1]
+        masks = model.forward_masks(x)
+        assert len(masks.blocks) == len(masks.masks)
         assert len(list(model.parameters())) < parameters
         assert_close(model.forward_intermediates(x, indices=[0, 1], intermediates_only=True), kept)
 
@@ -296,8 +298,10 @@ class ModelContract(ExportContract):
         assert output.isfinite().all()
         difference = (output.float() - reference).abs()
         # of maps, one of many hard choices may fall otherwise
-        difference = difference.max() if self.keeps_maps else difference.median()
-        assert difference < 0.25 * reference.abs().max()
+        if self.keeps_maps:
+            assert difference.max() < 0.25 * reference.abs().max()
+        else:
+            assert difference.median() < 0.1 * reference.abs().median()
 
     def test_autocast(self, model, x):
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.layers import Format
+from torch.testing import assert_close
 
 from .contract import MODES, ModelContract
 
@@ -39,9 +40,10 @@ class MapContract(ModelContract):
         assert [tuple(s) for s in spatial] == self.map_sizes(height, width)
         assert all(m.isfinite().all() for m in maps)
 
-    def test_reductions_are_real(self):
-        model = self.build(features_only=True)
-        H, W = self.size
+    @pytest.mark.parametrize("odd", [False, True])
+    def test_reductions_are_real(self, odd):
+        H, W = (75, 110) if odd else self.size
+        model = self.build(features_only=True, **({"img_size": (H, W), **self.extra} if odd else {}))
         expected = [max(H / h, W / w) for h, w in self.map_sizes(H, W)]
         assert model.feature_info.reduction() == expected
 
@@ -58,9 +60,29 @@ class MapContract(ModelContract):
 
     def test_a_block_that_has_nothing_to_merge(self):
         """A ratio that merges none at this size, instead of one that merges: the map keeps its size."""
-        model, plain = self.build(compression_ratio=0.99), self.build_plain()
-        expected = plain.forward_features(self.images()).shape
-        assert model.forward_features(self.images()).shape == expected
+        with pytest.warns(UserWarning, match="merges nothing"):
+            model = self.build(compression_ratio=0.99, **self.extra)
+        x = self.images(size=(75, 110))
+        merged = model(x)
+        model.set_merging(False)
+        assert_close(merged, model(x), rtol=1e-4, atol=self.tolerance)
+
+    def test_another_aspect_ratio_of_as_many_tokens(self):
+        H, W = self.size[0] // 2, self.size[1] * 2
+        model = self.build(mask_mode="batch", **self.extra, img_size=(H, W))
+        assert model(self.images(size=(H, W))).isfinite().all()
+        with pytest.raises(ValueError, match=r"got \(\d+, \d+\) tokens, expected \(\d+, \d+\)"):
+            model(self.images(size=(W, H)))
+
+    def test_features_in_warmup_leave_no_parameter_out(self, tmp_path):
+        """As DistributedDataParallel wants it."""
+        model = self.build(features_only=True, merge_warmup_epochs=1).train()
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        try:
+            sum(m.sum() for m in model(self.images())).backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        assert all(p.grad is not None for name, p in model.named_parameters() if ".merger." in name)
 
     @pytest.mark.parametrize("setting", [{"carry_mask": True}, {"cluster_grid": 0}])
     def test_settings_that_maps_have_no_form_of(self, setting):

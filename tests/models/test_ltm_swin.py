@@ -80,7 +80,7 @@ class TestSwin(MapContract):
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-@pytest.mark.parametrize("grid", [(12, 12), (12, 6), (11, 18)])
+@pytest.mark.parametrize("grid", [(12, 12), (12, 6), (24, 18)])
 def test_fitted_windows_are_timms_of_that_size(grid, shift):
     """A block in windows of 6 with its bias table resized is timm's block made for windows of 6."""
     torch.manual_seed(0)
@@ -96,6 +96,22 @@ def test_fitted_windows_are_timms_of_that_size(grid, shift):
     block.attn = adopt(LTMWindowAttention, block.attn)
     x = torch.randn(2, *grid, 16)
     assert_close(block._fitted_attn(x), expected._attn(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("length", [9, 11, 12, 13, 17])
+def test_opposite_edges_do_not_see_each_other(length, fused):
+    """A row of a map, padded or not, sees rows of its shifted window alone."""
+    block = SwinTransformerBlock(16, (28, 28), num_heads=2, window_size=7, shift_size=3)
+    block = adopt(LTMSwinBlock, block, merger=None, behind_merger=True)
+    block.attn = adopt(LTMWindowAttention, block.attn, fused_attn=fused)
+    window = fit_window(length, 7)
+    x = torch.randn(1, length, 7, 16, requires_grad=True)
+    for row in range(length):
+        (gradient,) = torch.autograd.grad(block._fitted_attn(x)[0, row].sum(), x)
+        seen = (gradient.abs().amax(dim=(0, 2, 3)) > 1e-9).nonzero().flatten().tolist()
+        start = (row - window // 2) // window * window + window // 2
+        assert seen == [i for i in range(start, start + window) if 0 <= i < length]
 
 
 def test_windows_that_fit():

@@ -262,8 +262,9 @@ class RunningClusters:
             dist.all_reduce(value)
         # of a full reservoir, a fair share: what is gathered does not grow with the number of processes
         share = min(self.size, 2 * math.ceil(self.size / dist.get_world_size()))
-        rows = torch.randperm(self.size, generator=self.generator) if self.seen > share else torch.arange(self.size)
-        rows = rows[:share].to(self.features.device)
+        rows = torch.randperm(min(self.seen, self.size), generator=self.generator)[:share]
+        rows = F.pad(rows, (0, share - len(rows)), value=self.size).to(self.features.device)  # of no image, no label
+        self.labels[self.size] = 0.0
         for name in ("features", "labels"):
             mine = getattr(self, name)[rows].contiguous()
             everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -306,7 +307,7 @@ class RunningClusters:
         clusters = self.clusters
         if first:
             generator = torch.Generator().manual_seed(self.seed)
-            # in an order of their own: draws do not depend on which process saw which image, and when
+            # in an order of their own: of the same features, draws do not depend on which process saw which, and when
             order = (x.double().cpu() @ torch.arange(1, x.shape[1] + 1).double().sin()).argsort().to(x.device)
             clusters.centroids.copy_(kmeans(x[order], len(self.counts), generator=generator))
             return torch.zeros_like(self.counts, dtype=torch.bool)

@@ -21,7 +21,7 @@ class MergeState(NamedTuple):
     """What travels with the tokens from block to block.
 
     Attributes:
-        size: (B, N) how many input tokens each token stands for.
+        size: (B, N) how many input tokens each token stands for; of a map, tokens of the map its stage began with.
         cells: (B, N) the cell of the coarse grid each token lies in, None where nothing is pooled.
         grid: (H, W) of tokens that are a map and stay one, None for a sequence.
         carried: The previous block's mask or update (Eq. 2) with its rows merged already, if it is carried.
@@ -101,6 +101,7 @@ class MaskModule(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.ratio, self.config, self.first, self.parts = ratio, config, first, parts
+        self.tokens = tokens
         self.num_tokens, self.num_slots = count(tokens), count(slots_of(tokens, ratio))
         self.collecting = False  # set by ClusterRefresh: keep each training batch's features
         self.features: Tensor | None = None  # (B, F), read and cleared by ClusterRefresh

@@ -105,14 +105,14 @@ class TokenMerger(MaskModule):
         observe: bool = False,
     ) -> tuple[Any, MergeState]:
         """The mask of these tokens, and the state of merged ones."""
-        N = z.shape[1] - num_prefix
-        if self.tied and self.num_tokens != N and not observe:
+        tokens = z.shape[1] - num_prefix if state.grid is None else state.grid
+        if self.tied and self.tokens != tokens and not observe:
             raise ValueError(
-                f"got {N} tokens, expected {self.num_tokens}: cluster_grid=0, first_mask={self.config.first_mask!r} "
+                f"got {tokens} tokens, expected {self.tokens}: cluster_grid=0, first_mask={self.config.first_mask!r} "
                 f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "
                 "img_size, or with settings that are not tied to one."
             )
-        slots = slots_of(N if state.grid is None else state.grid, self.ratio)
+        slots = slots_of(tokens, self.ratio)
         unit = None
         if self.needs_keys:
             assert keys is not None, "anchors are compared by attention keys"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -89,15 +90,19 @@ def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
     return state_dict
 
 
-def mean_keys(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def mean_keys(x: Tensor, qkv: nn.Module, layout: tuple[int, int]) -> Tensor:
     """Keys of tokens x (..., D), averaged over heads by one product: (..., K), without gradient.
 
     Args:
-        weight: (heads, K, D) of the key projection.
-        bias: (heads, K).
+        qkv: A linear layer or 1 x 1 convolution that projects to queries, keys and values.
+        layout: Its outputs' outer axes: (3, heads), or (heads, 3). -1 is counted.
     """
-    bias = bias.detach().mean(dim=0) if bias is not None else None  # detach: torch.fx does not record no_grad
-    return F.linear(x.detach(), weight.detach().mean(dim=0), bias)
+    key = (1,) if layout[0] == 3 else (slice(None), 1)
+
+    def mean(t: Tensor) -> Tensor:  # detach: torch.fx does not record no_grad
+        return t.detach().reshape(*layout, t.shape[0] // (layout[0] * layout[1]), *t.shape[1:])[key].mean(dim=0)
+
+    return F.linear(x.detach(), mean(qkv.weight.flatten(1)), mean(qkv.bias) if qkv.bias is not None else None)
 
 
 def resized(now: tuple[Any, ...], *sizes: Any) -> tuple[Any, ...]:
@@ -106,21 +111,26 @@ def resized(now: tuple[Any, ...], *sizes: Any) -> tuple[Any, ...]:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, state: MergeState, checkpointing: bool = False, observe: bool = False
+    block: nn.Module,
+    x: Tensor,
+    state: MergeState,
+    checkpointing: bool = False,
+    observe: bool = False,
+    keep_mask: bool = False,
 ) -> tuple[Tensor, MergeState]:
-    """One LTM block, its activations recomputed in the backward pass if ``checkpointing``."""
+    """One LTM block, its activations recomputed in the backward pass if ``checkpointing``; the mask, if it is kept."""
     if not checkpointing:
         return block(x, state=state, observe=observe)
-    states = []
+    kept: list[Any] = []
 
     def run(x: Tensor, size: Tensor, cells: Tensor | None, carried: Tensor | None) -> tuple[Any, ...]:
         x, after = block(x, state=MergeState(size, cells, state.grid, carried), observe=observe)
-        states.append(after)
+        kept[:] = after.grid, after.mask if keep_mask else None
         return x, after.size, after.cells, after.carried
 
     # flat arguments: re-entrant checkpoints lose the gradients of nested ones
     x, size, cells, carried = checkpoint(run, x, state.size, state.cells, state.carried)
-    return x, MergeState(size, cells, states[0].grid, carried, states[0].mask)
+    return x, MergeState(size, cells, kept[0], carried, kept[1])
 
 
 class LTMModel(nn.Module):
@@ -138,6 +148,15 @@ class LTMModel(nn.Module):
         self.ltm_args = dict(ltm_kwargs)
         self._forced: bool | None = None
         self._epoch, self._merging = 0, False
+        merging = [i for i, ratio in enumerate(self.block_ratios) if ratio < 1]
+        for index, (_, merger) in zip(merging, self.mergers(), strict=True):
+            merger.index = index
+        if merging and all(merger.num_slots == merger.num_tokens for _, merger in self.mergers()):
+            warnings.warn(
+                f"compression_ratio: {self.merge_config.compression_ratio} merges nothing at this input size, where "
+                "every side is rounded up to what it was. Use a smaller ratio.",
+                stacklevel=3,
+            )
         self._read_epoch()
         self.register_load_state_dict_pre_hook(_fill_in)
         self.register_load_state_dict_post_hook(_read_epoch_after_loading)
@@ -219,8 +238,7 @@ class LTMModel(nn.Module):
             self.set_merging(forced)
             for hook in hooks:
                 hook.remove()
-        blocks = [i for i, ratio in enumerate(self.block_ratios) if ratio < 1]
-        return MergeMasks(blocks, masks, accumulated, grids)
+        return MergeMasks([merger.index for _, merger in self.mergers()], masks, accumulated, grids)
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         super().reset_classifier(num_classes, *args, **kwargs)

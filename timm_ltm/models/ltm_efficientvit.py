@@ -15,9 +15,9 @@ from timm.models._features_fx import register_notrace_module
 from timm.models.efficientvit_mit import EfficientVit, EfficientVitBlock, EfficientVitStage
 from torch import Tensor
 
-from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of
-from timm_ltm.models._common import fit_classes, mean_keys, split_ltm_kwargs
-from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, real_reduction
+from timm_ltm.merging import MergeState, TokenMerger, initial_state, slots_of
+from timm_ltm.models._common import fit_classes, mean_keys
+from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, map_settings, real_reduction
 
 __all__ = ["LTMEfficientVit", "LTMEfficientVitBlock"]
 
@@ -54,9 +54,7 @@ class LTMEfficientVitBlock(EfficientVitBlock):
 
     def _mean_keys(self, tokens: Tensor) -> Tensor:
         attn = self.context_module.main
-        shape, conv = (-1, 3, attn.dim), attn.qkv.conv  # heads 3 K
-        weight = conv.weight.flatten(1).unflatten(0, shape)[:, 1]
-        return mean_keys(tokens, weight, conv.bias.unflatten(0, shape)[:, 1] if conv.bias is not None else None)
+        return mean_keys(tokens, attn.qkv.conv, (attn.qkv.conv.out_channels // (3 * attn.dim), 3))
 
 
 @register_notrace_module
@@ -92,8 +90,7 @@ class LTMEfficientVit(LTMMapModel, EfficientVit):
     """
 
     def __init__(self, *args: Any, img_size: int | tuple[int, int] = 224, **kwargs: Any) -> None:
-        ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
-        config = MergeConfig.from_kwargs(**ltm_kwargs)
+        ltm_kwargs, config, kwargs = map_settings(kwargs)
         super().__init__(*args, **kwargs)
         self.merge_config = config
         self._add_mergers(to_2tuple(img_size), {name: kwargs.get(name) for name in ("device", "dtype")})

@@ -17,9 +17,9 @@ from timm.models.byobnet import ByobNet
 from timm.models.mobilevit import MobileVitBlock, model_cfgs
 from torch import Tensor
 
-from timm_ltm.merging import MergeConfig, TokenMerger, initial_state, merge, slots_of
-from timm_ltm.models._common import fit_classes, run_block, split_ltm_kwargs
-from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, real_reduction
+from timm_ltm.merging import TokenMerger, initial_state, merge, slots_of
+from timm_ltm.models._common import fit_classes, run_block
+from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, map_settings, real_reduction
 from timm_ltm.models.ltm_vit import LTMAttention, LTMBlock
 
 __all__ = ["LTMMobileVit", "LTMMobileVitBlock"]
@@ -92,8 +92,7 @@ class LTMMobileVit(LTMMapModel, ByobNet):
     """
 
     def __init__(self, *args: Any, img_size: int | tuple[int, int] = 256, **kwargs: Any) -> None:
-        ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
-        config = MergeConfig.from_kwargs(**ltm_kwargs)
+        ltm_kwargs, config, kwargs = map_settings(kwargs)
         super().__init__(*args, img_size=img_size, **kwargs)
         self.merge_config = config
         self._add_mergers(to_2tuple(img_size), {name: kwargs.get(name) for name in ("device", "dtype")})

@@ -42,14 +42,20 @@ def fit_window(length: int, window: int) -> int:
     return min(range(window - window // 4, window + 2), key=lambda w: (-length % w, abs(w - window), w))
 
 
-def shift_mask(height: int, width: int, window: tuple[int, int], shift: tuple[int, int], x: Tensor) -> Tensor:
-    """(windows, area, area): 0 between tokens that were neighbours before the cyclic shift, -100 between others."""
+def shift_mask(
+    length: tuple[int, int], padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], x: Tensor
+) -> Tensor:
+    """(windows, area, area): 0 between tokens that lay side by side before the cyclic shift, -100 between others.
+
+    timm's mask puts the seam of a map that is padded after the shift where the padded one would have it, and so lets
+    opposite edges see each other; here it lies where it is, and padding is seen by no token.
+    """
     regions = []
-    for length, w, s in zip((height, width), window, shift, strict=True):
-        line = torch.arange(length, device=x.device)
-        regions.append((line >= length - w).to(x.dtype) + (line >= length - s).to(x.dtype))
+    for n, whole, s in zip(length, padded, shift, strict=True):
+        line = torch.arange(whole, device=x.device)
+        regions.append((line >= n - s).to(x.dtype) + (line >= n).to(x.dtype))
     region = 3 * regions[0].unsqueeze(1) + regions[1]  # H W
-    region = window_partition(region.view(1, height, width, 1), window).flatten(1)  # windows area
+    region = window_partition(region.view(1, *padded, 1), window).flatten(1)  # windows area
     return (region.unsqueeze(1) != region.unsqueeze(2)).to(x.dtype) * -100.0
 
 
@@ -67,9 +73,12 @@ class LTMWindowAttention(WindowAttention):
         if mask is not None:  # (B windows) heads N K -> B windows heads N K
             q, k, v = (t.reshape(-1, mask.shape[0], *t.shape[1:]) for t in (q, k, v))
             bias = bias + mask.unsqueeze(1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
-        )
+        bias = bias.to(q.dtype)
+        if self.fused_attn:
+            drop = self.attn_drop.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
+        else:
+            y = self.attn_drop((q * self.scale @ k.transpose(-2, -1) + bias).softmax(dim=-1)) @ v
         y = y.flatten(0, -4) if mask is not None else y
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
@@ -106,15 +115,11 @@ class LTMSwinBlock(SwinTransformerBlock):
         attended = self._fitted_attn(h) if self.behind_merger and not observe else self._attn(h)
         z = (x + self.drop_path1(attended)).flatten(1, 2)  # B H W D -> B (H W) D
         if self.merger is not None:
-            z, state = self.merger(z, state, 0, self._mean_keys(h.flatten(1, 2)), None, observe)
+            z, state = self.merger(
+                z, state, 0, mean_keys(h.flatten(1, 2), self.attn.qkv, (3, self.attn.num_heads)), None, observe
+            )
         z = z + self.drop_path2(self.mlp(self.norm2(z)))
         return z.reshape(-1, *state.grid, z.shape[2]), state  # B (H' W') D -> B H' W' D
-
-    def _mean_keys(self, h: Tensor) -> Tensor:
-        shape = (3, self.attn.num_heads, -1)  # 3 heads K
-        bias = self.attn.qkv.bias
-        weight = self.attn.qkv.weight.unflatten(0, shape)[1]
-        return mean_keys(h, weight, bias.unflatten(0, shape)[1] if bias is not None else None)
 
     def _fitted_attn(self, x: Tensor) -> Tensor:
         """timm's ``_attn`` in windows that fit the map (B, H, W, D)."""
@@ -127,7 +132,7 @@ class LTMSwinBlock(SwinTransformerBlock):
         x = x.roll((-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else x
         x = F.pad(x, (0, 0, 0, -W % window[1], 0, -H % window[0]))
         H_, W_ = x.shape[1:3]
-        mask = shift_mask(H_, W_, window, shift, x) if any(shift) else None
+        mask = shift_mask((H, W), (H_, W_), window, shift, x) if any(shift) else None
         windows = window_partition(x, window).flatten(1, 2)  # B H W D -> (B windows) N D
         windows = self.attn(windows, mask, window).reshape(-1, *window, x.shape[3])
         x = window_reverse(windows, window, H_, W_)[:, :H, :W]
@@ -153,7 +158,7 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
 
     A block's map is merged by rows, then by columns, and stays a map; windows behind it are fitted to its size, with
     timm's relative position biases resized. With ``strict_img_size=False`` images of any size are taken: one that is
-    not a multiple of the patches is padded.
+    not a multiple of the patches is padded, merging or not, where plain timm raises.
 
     Args:
         *args: As timm's.
@@ -193,14 +198,15 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
                 block.attn = adopt(LTMWindowAttention, block.attn)
                 if ratio < 1:
                     block.merger = TokenMerger(block.dim, grid, ratio, config, self.num_classes, first=first, **dd)
-                    first, behind = False, True
+                    first, behind = False, behind or slots_of(grid, ratio) != grid
 
     def _plan(self) -> list[list[tuple[float, tuple[int, int]]]]:
         """For each block of each stage: its ratio and the (H, W) it sees at the model's input size.
 
         Tells ``feature_info`` of the maps that leave the stages.
         """
-        size, grid = self.patch_embed.img_size, self.patch_embed.grid_size
+        size = self.patch_embed.img_size
+        grid = self.patch_embed.dynamic_feat_size(size)
         ratios, plan = iter(self.block_ratios), []
         for i, (info, stage) in enumerate(zip(self.feature_info, self.layers, strict=False)):
             grid = tuple(-(-n // 2) for n in grid) if i else tuple(grid)
@@ -228,7 +234,7 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
     ) -> Any:
         """timm's, of merged maps: their sizes are merged ones. ``output_fmt="NHWC"`` too, as of ``features_only``."""
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'.")
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'. Use one of these.")
         result = super().forward_intermediates(x, indices, norm, stop_early, "NCHW", intermediates_only)
         if output_fmt == "NCHW":
             return result

@@ -108,10 +108,7 @@ class LTMBlock(Block):
                 f"attn_layer: got {type(self.attn).__name__}, expected one with a fused qkv projection, whose keys "
                 "anchors are compared by. Use timm's Attention, or a first mask that needs no keys."
             )
-        shape = (3, -1, self.attn.head_dim)  # 3 heads K
-        bias = self.attn.qkv.bias
-        weight = self.attn.qkv.weight.unflatten(0, shape)[1]
-        return mean_keys(h, weight, bias.unflatten(0, shape)[1] if bias is not None else None)
+        return mean_keys(h, self.attn.qkv, (3, self.attn.qkv.out_features // (3 * self.attn.head_dim)))
 
 
 class LTMVisionTransformer(LTMModel, VisionTransformer):
@@ -168,9 +165,12 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         state = initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, kept)
         return self.norm_pre(x), state, grid
 
+    def _observes(self, attn_mask: Tensor | None, is_causal: bool) -> bool:
+        return not self.merging and self.collecting and self.training and attn_mask is None and not is_causal
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's, with tokens merged: (B, prefix + P, D). Merging off, it is timm's."""
-        observe = not self.merging and self.collecting and self.training and attn_mask is None and not is_causal
+        observe = self._observes(attn_mask, is_causal)
         if not self.merging and not observe:
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._keep_parameters_in_graph(x)
@@ -198,20 +198,23 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
 
         The final features are merged ones, as those of :meth:`forward_features`.
         """
+        observe = self._observes(attn_mask, is_causal)
         if not self.merging:
+            x = self._keep_parameters_in_graph(x)
+        if not self.merging and not observe:
             return super().forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
                 attn_mask, is_causal,
             )  # fmt: skip
         _no_attention_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'.")
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'. Use one of these.")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, state, grid = self._embed(x)
         back = None
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x, state = run_block(block, x, state, self.grad_checkpointing)
+            x, state = run_block(block, x, state, self.grad_checkpointing, observe, keep_mask=True)
             if block.merger is not None and state.mask is not None:
                 to = state.mask.destinations()
                 back = to if back is None else back @ to  # B (H W) P
