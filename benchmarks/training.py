@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import timm
 import torch
@@ -96,15 +97,20 @@ def peak(name: str, batch: int) -> float:
     return float(output.stdout.split()[-1])
 
 
+def high_water() -> float:
+    """GiB of resident memory this process had at most. Linux; getrusage would count its parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
 def train_alone(name: str, batch: int) -> None:
     """The process of :func:`peak`."""
     x, y = torch.randn(batch, *timm.get_pretrained_cfg(name).input_size), torch.randint(CLASSES, (batch,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     model = make(name)
     refresh = timm_ltm.ClusterRefresh(model) if name.startswith("ltm_") else None
     for _ in range(3):
         step(model, x, y, refresh)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    print(high_water() - before)
 
 
 def memory_of_collecting() -> None:
