@@ -3,9 +3,9 @@
     python benchmarks/warm_start.py
 
 A plain ViT (64 tokens, 6 blocks) learns to find a small handwritten digit among fragments of others, and to tell which
-it is and in which quadrant (40 classes, made from scikit-learn's digits). Its weights go into LTM and into ToMe, at equal
-GMACs, untrained; then all are fine-tuned. A plain MobileViT does the same for maps (which digit, 10 classes), against
-resizing the map. Prints markdown tables; takes about half an hour.
+it is and in which quadrant (40 classes, made from scikit-learn's digits). Its weights go into LTM and into ToMe, at
+equal GMACs, untrained; then all are fine-tuned. A plain MobileViT does the same for maps (which digit, 10 classes),
+against resizing the map. Prints markdown tables; takes about half an hour.
 """
 
 from __future__ import annotations

@@ -36,9 +36,15 @@ def test_they_are_those_of_timm(name):
         return  # tests of Swin
     ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (name, plain_name(name)))
     theirs.update(architecture=name.split(".")[0], custom_load=False)
+    pool_size = ours["pool_size"]
     for cfg in (ours, theirs):
         cfg.pop("url", None)
+        cfg.pop("pool_size")
     assert ours == theirs
+    if pool_size is not None:  # the merged map's
+        model = timm.create_model(name, device="meta").eval()
+        features = model.forward_features(torch.empty(1, *ours["input_size"], device="meta"))
+        assert pool_size == tuple(features.shape[1:3] if "swin" in name else features.shape[2:])
     model, counterpart = (timm.create_model(n, device="meta") for n in (name, plain_name(name)))
     shapes = {key: value.shape for key, value in model.state_dict().items() if ".merger." not in key}
     assert shapes == {key: value.shape for key, value in counterpart.state_dict().items()}

@@ -130,21 +130,23 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# pool_size is that of the merged map
 _SIZES = {
-    224: {},
-    256: {"input_size": (3, 256, 256), "pool_size": (8, 8), "crop_pct": 1.0},
-    288: {"input_size": (3, 288, 288), "pool_size": (9, 9), "crop_pct": 1.0},
+    224: {"pool_size": (6, 6)},
+    256: {"pool_size": (7, 7), "input_size": (3, 256, 256), "crop_pct": 1.0},
+    288: {"pool_size": (8, 8), "input_size": (3, 288, 288), "crop_pct": 1.0},
 }
+_NAMES = [("b0", 224), *((name, size) for name in ("b1", "b2", "b3") for size in _SIZES)]
 # The weights are the plain model's; the merging starts from them without training.
 default_cfgs = generate_default_cfgs(
     {
         f"ltm_efficientvit_{name}.r{size}_in1k": _cfg(
             hf_hub_id=f"timm/efficientvit_{name}.r{size}_in1k", **_SIZES[size]
         )
-        for name, sizes in (("b0", (224,)), ("b1", _SIZES), ("b2", _SIZES), ("b3", _SIZES))
-        for size in sizes
+        for name, size in _NAMES
     }
 )
+default_cfgs["ltm_efficientvit_b1"].cfgs["r288_in1k"].pool_size = (7, 7)  # it merges more
 
 
 def _create_ltm_efficientvit(variant: str, pretrained: bool = False, **kwargs: Any) -> LTMEfficientVit:

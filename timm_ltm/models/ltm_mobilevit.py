@@ -142,7 +142,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 256, 256),
-        "pool_size": (8, 8),
+        "pool_size": (7, 7),  # of the merged map
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": (0.0, 0.0, 0.0),
@@ -158,8 +158,8 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 # The weights are the plain model's; the merging starts from them without training.
 default_cfgs = generate_default_cfgs(
     {
-        f"ltm_{name}.cvnets_in1k": _cfg(hf_hub_id=f"timm/{name}.cvnets_in1k")
-        for name in ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
+        f"ltm_{name}.cvnets_in1k": _cfg(hf_hub_id=f"timm/{name}.cvnets_in1k", pool_size=pool_size)
+        for name, pool_size in (("mobilevit_xxs", (7, 7)), ("mobilevit_xs", (5, 5)), ("mobilevit_s", (7, 7)))
     }
 )
 

@@ -246,7 +246,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+        "pool_size": (6, 6),  # of the merged map
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "fixed_input_size": True,
