@@ -27,7 +27,7 @@ import timm_ltm  # noqa: F401  registers the models
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data")
     parser.add_argument("--model", default="ltm_mobilevit_s")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="name=value ...")
     parser.add_argument("--pretrained", action="store_true")
@@ -37,15 +37,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--smoothing", type=float, default=0.1)
+    parser.add_argument("--hflip", type=float, default=0.5, help="0 where left and right matter")
     parser.add_argument("--mixup", type=float, default=0.0)
     parser.add_argument("--cutmix", type=float, default=0.0)
     parser.add_argument("--ema-decay", type=float, default=0.0, help="0 is none")
     parser.add_argument("--bfloat16", action="store_true", help="autocast")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", type=Path, help="a checkpoint of this script")
+    parser.add_argument("--resume", help="a checkpoint of this script")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/train"))
+    parser.add_argument("--output", default="output/train")
     return parser.parse_args()
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    args.output.mkdir(parents=True, exist_ok=True)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
 
     datasets = [create_dataset("", args.data, split=split) for split in ("train", "validation")]
     classes = len(datasets[0].reader.class_to_idx)
@@ -77,7 +78,8 @@ def main() -> None:
         input_size=config["input_size"], mean=config["mean"], std=config["std"], interpolation=config["interpolation"],
         batch_size=args.batch_size, num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0,
     )  # fmt: skip
-    train_loader = create_loader(datasets[0], is_training=True, hflip=0.5, color_jitter=None, **common)
+    augmentation = dict(scale=(0.6, 1.0), hflip=args.hflip, color_jitter=None)
+    train_loader = create_loader(datasets[0], is_training=True, **augmentation, **common)
     test_loader = create_loader(datasets[1], crop_pct=config["crop_pct"], **common)
 
     mixup, criterion = None, nn.CrossEntropyLoss(label_smoothing=args.smoothing)
@@ -91,8 +93,8 @@ def main() -> None:
     )
     if args.ema_decay:
         task.setup_ema(decay=args.ema_decay)
-    start = resume_task_checkpoint(task, str(args.resume), optimizer) if args.resume else 0
-    saver = CheckpointSaver(model, optimizer, args, checkpoint_dir=str(args.output), max_history=2, task=task)
+    start = resume_task_checkpoint(task, args.resume, optimizer) if args.resume else 0
+    saver = CheckpointSaver(model, optimizer, args, checkpoint_dir=args.output, max_history=2, task=task)
 
     updates = start * len(train_loader)
     for epoch in range(start, epochs):
