@@ -69,12 +69,17 @@ class ExportContract:
         session = runtime.InferenceSession(file)
         self.check_exported(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model)
 
-    @pytest.mark.xfail(strict=True, reason="TorchScript cannot compile the merger; tracing and torch.export work")
     @pytest.mark.filterwarnings("ignore")
-    def test_script(self):
+    def test_script(self, tmp_path):
         with set_scriptable(True):
             model = self.build(**self.shallow)
-        self.check_exported(torch.jit.script(model), model)
+        scripted = torch.jit.script(model)
+        self.check_exported(scripted, model)
+        torch.jit.save(scripted, tmp_path / "model.pt")
+        self.check_exported(torch.jit.load(tmp_path / "model.pt"), model)
+        H, W = self.size
+        with pytest.raises(torch.jit.Error, match=f"got images of {H} x {2 * W}, expected {H} x {W}"):
+            scripted(self.images(size=(H, 2 * W)))
 
     def test_fx(self, x):
         extraction = pytest.importorskip("torchvision.models.feature_extraction")

@@ -133,6 +133,22 @@ def run_block(
     return x, MergeState(size, cells, kept[0], carried, kept[1])
 
 
+class _Traced(nn.Module):
+    """A trace that tells when it is given images of another size than it was made with."""
+
+    def __init__(self, trace: torch.jit.ScriptModule, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.trace, self.height, self.width = trace, size[1], size[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != self.height or x.shape[3] != self.width:
+            raise ValueError(
+                f"got images of {x.shape[2]} x {x.shape[3]}, expected {self.height} x {self.width}: "
+                "a scripted LTM model has one size. Script one that was created with this img_size."
+            )
+        return self.trace(x)
+
+
 class LTMModel(nn.Module):
     """Mixin of every LTM model, in front of timm's class.
 
@@ -210,6 +226,10 @@ class LTMModel(nn.Module):
         after_warmup = self._epoch >= self.merge_config.merge_warmup_epochs
         self._merging = epoch is not None and (after_warmup if self._forced is None else self._forced)
 
+    def _image_size(self) -> tuple[int, int]:
+        """(H, W) of the images this model was made for."""
+        return self.patch_embed.img_size
+
     def _input_grid(self, x: Tensor) -> tuple[int, int]:
         """(H, W) of the patches of images x, where blocks do not say."""
         raise NotImplementedError
@@ -244,6 +264,18 @@ class LTMModel(nn.Module):
         super().reset_classifier(num_classes, *args, **kwargs)
         for _, merger in self.mergers():
             merger.reset_classes(num_classes)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead of this model: a trace of it, in its mode, at its input size.
+
+        Anchors and masks have no form in TorchScript's language. A trace takes batches of any size, but images of one.
+        """
+        size = (self.in_chans, *self._image_size())
+        parameter = next(self.parameters())
+        example = torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, of shapes that are constants
+            return _Traced(torch.jit.trace(self, example, check_trace=False), size)
 
     def _check_not_tied(self, now: Any, new: Any) -> None:
         """Before another input size is set."""

@@ -77,6 +77,9 @@ class LTMStage(nn.Module):
 class LTMMapModel(LTMModel):
     """Mixin of LTM models with maps: timm's forward passes lead through stages, which are told what to do."""
 
+    def _image_size(self) -> tuple[int, int]:
+        return self.planned_size if hasattr(self, "planned_size") else super()._image_size()
+
     def _tell_stages(self) -> None:
         for module in self.modules():
             if isinstance(module, LTMStage):

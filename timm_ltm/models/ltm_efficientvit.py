@@ -92,8 +92,8 @@ class LTMEfficientVit(LTMMapModel, EfficientVit):
     def __init__(self, *args: Any, img_size: int | tuple[int, int] = 224, **kwargs: Any) -> None:
         ltm_kwargs, config, kwargs = map_settings(kwargs)
         super().__init__(*args, **kwargs)
-        self.merge_config = config
-        self._add_mergers(to_2tuple(img_size), {name: kwargs.get(name) for name in ("device", "dtype")})
+        self.merge_config, self.planned_size = config, to_2tuple(img_size)
+        self._add_mergers(self.planned_size, {name: kwargs.get(name) for name in ("device", "dtype")})
         self._finish_ltm(ltm_kwargs)
 
     def _add_mergers(self, size: tuple[int, int], dd: dict[str, Any]) -> None:
