@@ -158,3 +158,21 @@ def test_a_process_killed_while_it_saves_loses_nothing(digits, tmp_path, when, m
     assert resumed.epoch == 1
     for name, value in expected.items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_step_that_failed_can_be_made_again(digits):
+    x, y = digits
+    model = make()
+    refresh = timm_ltm.ClusterRefresh(model)
+    model.train()(x[:8])
+    for wrong, message in ((y[:4], "got 4 for 8 images"), (None, "got None"), (y[:8] + 10, r"got class 1\d")):
+        with pytest.raises(ValueError, match=message):
+            refresh.step(wrong)
+    refresh.step(y[:8])
+    assert {report["features"] for report in refresh.epoch_end().values()} == {8.0}
+
+
+@pytest.mark.parametrize("wrong", ["no", 1])
+def test_bad_switch(wrong):
+    with pytest.raises(ValueError, match="enable: got"):
+        make().set_merging(wrong)

@@ -135,27 +135,32 @@ class ClusterRefresh:
         Raises:
             ValueError: The targets do not fit the batch or the number of classes.
         """
+        one_hot = self._one_hot(targets)
+        for merger in self.mergers.values():  # before anything is taken: a call that fails can be made again
+            if merger.features is not None and len(merger.features) != len(one_hot):
+                raise ValueError(
+                    f"targets: got {len(one_hot)} for {len(merger.features)} images. Call step once after each "
+                    "forward pass."
+                )
         if not self.steps:
             self._begin_epoch()
         self.steps += 1
-        one_hot = self._one_hot(targets) if self.model.collecting else None
         for name, running in self.running.items():
             merger = self.mergers[name]
             features, merger.features = merger.features, None
-            if features is None or one_hot is None:
-                continue
-            if len(features) != len(one_hot):
-                raise ValueError(
-                    f"targets: got {len(one_hot)} for {len(features)} images. Call step once after each forward pass."
-                )
-            running.add(features, one_hot)
+            if features is not None:
+                running.add(features, one_hot)
 
     def _one_hot(self, targets: Tensor) -> Tensor:
         K = self._classes()
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets: got {targets!r}, expected a tensor of labels, one per image.")
         if targets.ndim == 2 and targets.shape[1] == K:
             return targets.float()
         if targets.ndim == 1 and not targets.is_floating_point():
-            return (targets.unsqueeze(1) == torch.arange(K, device=targets.device)).float()  # no wait for the device
+            if targets.device.type == "cpu" and (targets >= K).any():  # elsewhere the check would wait for the device
+                raise ValueError(f"targets: got class {int(targets.max())}, expected less than {K}, negative for none.")
+            return (targets.unsqueeze(1) == torch.arange(K, device=targets.device)).float()
         raise ValueError(
             f"targets: got shape {tuple(targets.shape)} of {targets.dtype}, expected (B,) class indices or "
             f"(B, {K}) soft labels."

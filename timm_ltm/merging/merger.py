@@ -65,7 +65,8 @@ class TokenMerger(MaskModule):
                 if wrong and config.update:
                     raise ValueError(
                         f"{name}: got {getattr(config, name)!r} for a map merged by rows and columns, expected "
-                        f"{MergeConfig.__dataclass_fields__[name].default!r}. Leave it out, or set mask_form='dense'."
+                        f"{MergeConfig.__dataclass_fields__[name].default!r}. Leave it out; a dense mask has it, in "
+                        "models that take one."
                     )
 
     def forward(

@@ -168,9 +168,15 @@ class LTMModel(nn.Module):
         for index, (_, merger) in zip(merging, self.mergers(), strict=True):
             merger.index = index
         if merging and all(merger.num_slots == merger.num_tokens for _, merger in self.mergers()):
+            sides = [merger.tokens if isinstance(merger.tokens, tuple) else None for _, merger in self.mergers()]
+            largest = max(
+                (1 - 1 / max(side)) ** 2 if side else 1 - 1 / merger.num_tokens
+                for side, (_, merger) in zip(sides, self.mergers(), strict=True)
+            )
             warnings.warn(
                 f"compression_ratio: {self.merge_config.compression_ratio} merges nothing at this input size, where "
-                "every side is rounded up to what it was. Use a smaller ratio.",
+                f"the number of tokens (of a map, of each side) is rounded up to what it was. Use {largest:.3f} or "
+                "less to merge in a block.",
                 stacklevel=3,
             )
         self._read_epoch()
@@ -201,6 +207,8 @@ class LTMModel(nn.Module):
         Args:
             enable: ``None`` returns to the schedule: on after ``merge_warmup_epochs``.
         """
+        if enable is not None and not isinstance(enable, bool):
+            raise ValueError(f"enable: got {enable!r}, expected True, False, or None for the schedule's.")
         self._forced = enable
         self._read_epoch()
 
