@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import timm_ltm  # noqa: F401  registers the models
+
 SOURCE = os.environ.get("TIMM_SOURCE")
 pytestmark = [
     pytest.mark.slow,
@@ -151,3 +153,44 @@ def test_resume(data, tmp_path, how, stop):
         last = shutil.copy(last, tmp_path / "stopped.pth.tar")
     checkpoint, _ = run(data, tmp_path, "--resume", "auto" if how == "auto" else str(last), epochs=3, model=longer)
     check(checkpoint, 3)
+
+
+VIT = ["--model", "ltm_vit_test", "--num-classes", "10", "-b", "16", "-j", "1", "--device", "cpu"]
+SCRIPTS = {
+    "validate.py": ["{data}", *VIT, "--img-size", "160", "--checkpoint", "{checkpoint}"],
+    "inference.py": ["{data}", *VIT, "--checkpoint", "{checkpoint}", "--results-dir", "{folder}"],
+    "benchmark.py": ["--model", "ltm_efficientvit_b0", "--device", "cpu", "-b", "2", "--num-bench-iter", "10"],
+    "onnx_export.py": [
+        "{folder}/model.onnx",
+        "--model",
+        "ltm_vit_test",
+        "--num-classes",
+        "10",
+        "--checkpoint",
+        "{checkpoint}",
+    ],
+    "avg_checkpoints.py": ["--input", "{folder}", "--output", "{folder}/mean.pth", "--no-sort", "-n", "2"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_scripts(data, tmp_path, script):
+    """``python -m timm_ltm`` and the script's path."""
+    if script == "inference.py":
+        pytest.importorskip("pandas")
+    model = timm.create_model("ltm_vit_test", num_classes=10)
+    names = {"data": data / "validation", "folder": tmp_path, "checkpoint": tmp_path / "model.pth.tar"}
+    for name in ("model", "other"):
+        torch.save({"state_dict": model.state_dict(), "metric": 1.0, "epoch": 1}, tmp_path / f"{name}.pth.tar")
+    args = [arg.format(**names) for arg in SCRIPTS[script]] + ["--bench", "inference"] * (script == "benchmark.py")
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_ltm", str(Path(SOURCE) / script), *args],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
