@@ -60,7 +60,7 @@ def merged_line(unit, size, cells, update, beta, P):
 def test_lines_one_by_one(grid):
     """Every row on its own, then every column on its own, gives what the folded computation gives."""
     (H, W), B = grid, 2
-    merger = build(grid, 0.5)
+    merger = build(grid, 0.5, map_lines="own")
     H_, W_ = slots_of(grid, 0.5)
     z, keys = inputs(B, grid)
     merged, after = merger(z, state_of(z, merger, grid), keys=keys)
@@ -85,11 +85,43 @@ def test_lines_one_by_one(grid):
             assert torch.equal(after.cells[b].view(H_, W_)[:, w], cells)
 
 
+@pytest.mark.parametrize("grid", [(6, 7), (5, 8), (4, 4)])
+def test_straight_lines_are_merged_as_wholes(grid):
+    """Columns are tokens of H D features and H K keys, then rows of W' D and W K: the 1-D merge of wide tokens."""
+    (H, W), B = grid, 2
+    merger = build(grid, 0.5, map_lines="straight")
+    H_, W_ = slots_of(grid, 0.5)
+    z, keys = inputs(B, grid)
+    state = state_of(z, merger, grid)
+    size = torch.rand(B, H, 1, dtype=torch.float64) * torch.rand(B, 1, W, dtype=torch.float64) + 0.0
+    state = state._replace(size=(size + 0.1 * size).flatten(1))
+    merged, after = merger(z, state, keys=keys)
+    beta, g = merger.log_beta.exp(), 4
+    values, mlp = merger._values(z)
+    update = merger.eta * mlp @ merger._direction(values, state, None).transpose(1, 2)  # B (H W) c
+    unit = torch.nn.functional.normalize(keys, dim=2).view(B, H, W, 3)
+    cells = state.cells.view(B, H, W)
+    for b in range(B):
+        u = update[b].view(H, W, g, g)
+        of_columns = torch.stack([u[h, :, cells[b, h, 0] // g] for h in range(H)]).mean(dim=0)  # W g
+        of_rows = torch.stack([u[:, w, :, cells[b, 0, w] % g] for w in range(W)]).mean(dim=0)  # H g
+        sizes = state.size[b].view(H, W)
+        wide = unit[b].transpose(0, 1).flatten(1) / H**0.5
+        mask, (_, width, cell_columns, _) = merged_line(wide, sizes.sum(dim=0), cells[b, 0] % g, of_columns, beta, W_)
+        x = merge(z[b].view(H, W, D).transpose(0, 1).flatten(1)[None], mask)[0]  # W' (H D)
+        wide = unit[b].flatten(1) / W**0.5
+        mask, (_, height, cell_rows, _) = merged_line(wide, sizes.sum(dim=1), cells[b, :, 0] // g, of_rows, beta, H_)
+        x = merge(x.view(W_, H, D).transpose(0, 1).flatten(1)[None], mask)[0]  # H' (W' D)
+        torch.testing.assert_close(merged[b], x.view(H_ * W_, D))
+        torch.testing.assert_close(after.size[b].view(H_, W_), height[:, None] * width / sizes.sum())
+        assert torch.equal(after.cells[b].view(H_, W_), cell_rows[:, None] * g + cell_columns)
+
+
 @settings(deadline=None, max_examples=60)
-@given(shapes, st.booleans())
-def test_masks_of_maps(shape, update):
+@given(shapes, st.booleans(), st.sampled_from(["own", "straight"]))
+def test_masks_of_maps(shape, update, lines):
     B, H, W, ratio, seed = shape
-    merger = build((H, W), ratio, seed, update=update)
+    merger = build((H, W), ratio, seed, update=update, map_lines=lines)
     z, keys = inputs(B, (H, W), seed)
     merged, state = merger(z, state_of(z, merger, (H, W)), keys=keys)
     H_, W_ = slots_of((H, W), ratio)
@@ -126,8 +158,9 @@ def test_parts_are_merged_alike(mode):
         torch.testing.assert_close(of_mean, merged.unflatten(0, (B, parts)).mean(dim=1))
 
 
-def test_gradients_reach_both_passes():
-    merger = build((5, 5), 0.5)
+@pytest.mark.parametrize("lines", ["own", "straight"])
+def test_gradients_reach_both_passes(lines):
+    merger = build((5, 5), 0.5, map_lines=lines)
     z, keys = inputs(2, (5, 5))
     z.requires_grad_()
     merger(z, state_of(z, merger, (5, 5)), keys=keys)[0].square().sum().backward()
@@ -155,9 +188,10 @@ def test_a_map_too_small_to_merge():
     torch.testing.assert_close(merged, z)
 
 
-def test_rows_agree_with_the_sequence():
+@pytest.mark.parametrize("lines", ["own", "straight"])
+def test_rows_agree_with_the_sequence(lines):
     """A map of one row is a sequence."""
-    line, sequence = build((1, 9), 0.49), build(9, 0.7)
+    line, sequence = build((1, 9), 0.49, map_lines=lines), build(9, 0.7)
     sequence.load_state_dict(line.state_dict())
     z, keys = inputs(2, (1, 9))
     of_map, state = line(z, state_of(z, line, (1, 9)), keys=keys)

@@ -22,6 +22,8 @@ MODES = {
     "carry": {"carry_mask": True},
     "batch": {"mask_mode": "batch"},
     "true_labels": {"labels": "true"},
+    "own": {"map_lines": "own"},
+    "straight": {"map_lines": "straight"},
 }
 
 

@@ -81,17 +81,19 @@ class DenseMask(NamedTuple):
 
 
 class GridMask(NamedTuple):
-    """The mask of a map that stays a map: each row is merged from W to W' tokens, then each column from H to H'.
+    """The mask of a map that stays a map: rows are merged from W to W' tokens, then columns from H to H'.
 
     Attributes:
         rows: Of the B H rows, None where they stay as they are.
         columns: Of the B W' columns, None where they stay as they are.
         grid: (H, W).
+        straight: All rows of an image share one mask, and so do its columns: ``rows`` and ``columns`` have B of them.
     """
 
     rows: AnchoredMask | None
     columns: AnchoredMask | None
     grid: tuple[int, int]
+    straight: bool = False
 
     def dense(self) -> Tensor:
         """G (B, H W, H' W')."""
@@ -103,12 +105,18 @@ class GridMask(NamedTuple):
 
     def _product(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         H, W = self.grid
+        W_ = W if rows is None else rows.shape[2]
+        if self.straight:
+            rows, columns = (
+                t if t is None else t.unsqueeze(1).expand(-1, lines, -1, -1).flatten(0, 1)
+                for t, lines in ((rows, H), (columns, W_))
+            )
         if rows is None:
             assert columns is not None
             rows = torch.eye(W, dtype=columns.dtype, device=columns.device).expand(len(columns) // W * H, -1, -1)
         if columns is None:
-            columns = torch.eye(H, dtype=rows.dtype, device=rows.device).expand(len(rows) // H * rows.shape[2], -1, -1)
-        rows, columns = rows.unflatten(0, (-1, H)), columns.unflatten(0, (-1, rows.shape[2]))  # B H W W', B W' H H'
+            columns = torch.eye(H, dtype=rows.dtype, device=rows.device).expand(len(rows) // H * W_, -1, -1)
+        rows, columns = rows.unflatten(0, (-1, H)), columns.unflatten(0, (-1, W_))  # B H W W', B W' H H'
         return torch.einsum("bhwv,bvhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)
 
 
@@ -234,14 +242,17 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
     if isinstance(mask, GridMask):
         (H, W), D = mask.grid, x.shape[2]
         if mask.rows is not None:
-            x = merge(x.reshape(-1, W, D), _shared(mask.rows, H, parts))  # (B H) W D -> (B H) W' D
+            rows = _shared(mask.rows, 1, H * parts) if mask.straight else _shared(mask.rows, H, parts)
+            x = merge(x.reshape(-1, W, D), rows)  # (B H) W D -> (B H) W' D
             W = x.shape[1]
-        x = x.reshape(-1, H, W, D)
-        if mask.columns is not None:
-            x = x.transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
+        if mask.columns is not None and mask.straight:
+            x = merge(x.reshape(-1, H, W * D), _shared(mask.columns, 1, parts))  # B H (W' D) -> B H' (W' D)
+        elif mask.columns is not None:
+            x = x.reshape(-1, H, W, D).transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
             x = merge(x, _shared(mask.columns, W, parts))
             x = x.reshape(-1, W, x.shape[1], D).transpose(1, 2)  # (B W') H' D -> B H' W' D
-        return x.flatten(1, 2)
+        H = H if mask.columns is None else mask.columns.own.shape[1]
+        return x.reshape(-1, H * W, D)
     mask = _shared(mask, 1, parts)
     if isinstance(mask, DenseMask):
         merged = mask.weights.to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]

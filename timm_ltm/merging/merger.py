@@ -161,9 +161,7 @@ class TokenMerger(MaskModule):
     def _lines(
         self, z: Tensor, state: MergeState, slots: tuple[int, int], unit: Tensor, observe: bool
     ) -> tuple[GridMask | None, MergeState]:
-        """A map, each row from W to W' tokens, then each column from H to H': every line is anchored on its own."""
-        assert state.grid is not None
-        (H, W), (H_, W_) = state.grid, slots
+        """A map, its rows from W to W' tokens, its columns from H to H'."""
         values, mlp = self._values(z)
         with no_autocast(z):
             update = None
@@ -173,14 +171,58 @@ class TokenMerger(MaskModule):
                     update = self._batch_mean(mask_update(mlp, of_cells, self._step))  # B (H W) c
             if observe:
                 return None, state
-            tokens: _Tokens = (unit, state.size, state.cells, update)
-            rows = columns = None
-            if W_ < W or H_ == H:
-                rows, tokens = self._along(_lines(tokens, W), W_)  # (B H) W -> (B H) W'
-                tokens = _lines(tokens, H * W_)
-            if H_ < H:
-                columns, tokens = self._along(_lines(_turned(tokens, H), H), H_)  # (B W') H -> (B W') H'
-                tokens = _turned(_lines(tokens, W_ * H_), W_)
+            return (self._straight if self.config.map_lines == "straight" else self._own)(state, slots, unit, update)
+
+    def _straight(
+        self, state: MergeState, slots: tuple[int, int], unit: Tensor, update: Tensor | None
+    ) -> tuple[GridMask, MergeState]:
+        """One mask for all rows, then one for all columns: whole columns merge, then whole rows, as tokens of H K keys.
+
+        Sizes and cells of such maps are products of what their rows and their columns have.
+        """
+        assert state.grid is not None
+        (H, W), (H_, W_), g = state.grid, slots, self.config.cluster_grid
+        unit, size = (t.reshape(-1, H, W, *t.shape[2:]) for t in (unit, state.size))
+        total = size.sum(dim=(1, 2)).unsqueeze(1)
+        of_rows = of_columns = rows_update = columns_update = None
+        if state.cells is not None:
+            cells = state.cells.reshape(-1, H, W)
+            of_rows, of_columns = cells[:, :, 0] // g, cells[:, 0] % g  # B H, B W
+        if update is not None:
+            update = update.reshape(-1, H, W, g, g)
+            index = of_rows.reshape(-1, H, 1, 1, 1).expand(-1, -1, W, 1, g)
+            columns_update = update.gather(3, index).squeeze(3).mean(dim=1)  # B W g: of columns, for columns of cells
+            index = of_columns.reshape(-1, 1, W, 1, 1).expand(-1, H, -1, g, 1)
+            rows_update = update.gather(4, index).squeeze(4).mean(dim=2)  # B H g
+        rows = columns = None
+        of_width, of_height = size.sum(dim=1), size.sum(dim=2)
+        if W_ < W or H_ == H:
+            keys = unit.transpose(1, 2).reshape(unit.shape[0], W, -1) / H**0.5  # B H W K -> B W (H K)
+            rows, (_, of_width, of_columns, _) = self._along((keys, of_width, of_columns, columns_update), W_)
+        if H_ < H:
+            keys = unit.reshape(unit.shape[0], H, -1) / W**0.5  # B H (W K)
+            columns, (_, of_height, of_rows, _) = self._along((keys, of_height, of_rows, rows_update), H_)
+        size = (of_height.unsqueeze(2) * of_width.unsqueeze(1)).flatten(1) / total  # B (H' W')
+        cells = None
+        if of_rows is not None and of_columns is not None:
+            cells = (of_rows.unsqueeze(2) * g + of_columns.unsqueeze(1)).flatten(1)
+        mask = GridMask(rows, columns, state.grid, straight=True)
+        return mask, MergeState(size, cells, slots, None, mask)
+
+    def _own(
+        self, state: MergeState, slots: tuple[int, int], unit: Tensor, update: Tensor | None
+    ) -> tuple[GridMask, MergeState]:
+        """Every row by a mask of its own, then every column."""
+        assert state.grid is not None
+        (H, W), (H_, W_) = state.grid, slots
+        tokens: _Tokens = (unit, state.size, state.cells, update)
+        rows = columns = None
+        if W_ < W or H_ == H:
+            rows, tokens = self._along(_lines(tokens, W), W_)  # (B H) W -> (B H) W'
+            tokens = _lines(tokens, H * W_)
+        if H_ < H:
+            columns, tokens = self._along(_lines(_turned(tokens, H), H), H_)  # (B W') H -> (B W') H'
+            tokens = _turned(_lines(tokens, W_ * H_), W_)
         _, size, cells, _ = tokens
         mask = GridMask(rows, columns, state.grid)
         return mask, MergeState(size, cells, slots, None, mask)
