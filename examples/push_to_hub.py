@@ -25,7 +25,7 @@ import timm_ltm  # noqa: F401  registers the models
 @torch.no_grad()
 def cost(model: nn.Module) -> str:
     """Parameters and multiply-adds of one image."""
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = (model.in_chans, *model.image_size)
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *size))
     parameters = sum(p.numel() for p in model.parameters())

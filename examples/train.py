@@ -72,8 +72,7 @@ def main() -> None:
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=classes, **args.model_kwargs)
     model = model.to(device)
     config = resolve_model_data_config(model)
-    if "img_size" in args.model_kwargs:
-        config["input_size"] = (3, args.model_kwargs["img_size"], args.model_kwargs["img_size"])
+    config["input_size"] = (3, *getattr(model, "image_size", config["input_size"][1:]))
     common = dict(
         input_size=config["input_size"], mean=config["mean"], std=config["std"], interpolation=config["interpolation"],
         batch_size=args.batch_size, num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0,

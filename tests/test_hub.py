@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
+import torch
 from hub import Hub
+
+import timm_ltm  # noqa: F401  registers the models
 
 CODE = """
 import json, sys
@@ -121,3 +126,26 @@ except Exception as error:
     )  # fmt: skip
     assert told[0].startswith("huggingface_hub")
     assert "check your connection" in told[1]
+
+
+def test_the_example_pushes_a_checkpoint_with_what_was_measured(tmp_path):
+    model = timm.create_model("ltm_vit_test", num_classes=5, img_size=32)
+    saved = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "metric": 93.21, "epoch": 4, "arch": "ltm_vit_test"}, saved)
+    example = str(Path(__file__).parents[1] / "examples" / "push_to_hub.py")
+    with Hub() as hub:
+        code = f"""
+import runpy
+sys.argv = [{example!r}, {str(saved)!r}, "user/pushed", "--model", "ltm_vit_test", "--num-classes", "5",
+            "--model-kwargs", "img_size=32"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+loaded = timm.create_model("hf-hub:user/pushed", pretrained=True)
+print(json.dumps(all(torch.equal(a, b) for a, b in zip(
+    loaded.state_dict().values(), torch.load({str(saved)!r}, weights_only=False)["state_dict"].values(), strict=True))))
+"""
+        assert run(hub, tmp_path / "cache", code) is True
+        files = hub.files["user/pushed"]
+        assert set(files) == {"config.json", "model.safetensors", "README.md"}
+        card = files["README.md"].decode()
+        for told in ("hf-hub:user/pushed", "93.21 %", "GMACs at 32 x 32", "without merging"):
+            assert told in card, card

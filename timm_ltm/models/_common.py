@@ -234,7 +234,8 @@ class LTMModel(nn.Module):
         after_warmup = self._epoch >= self.merge_config.merge_warmup_epochs
         self._merging = epoch is not None and (after_warmup if self._forced is None else self._forced)
 
-    def _image_size(self) -> tuple[int, int]:
+    @property
+    def image_size(self) -> tuple[int, int]:
         """(H, W) of the images this model was made for."""
         return self.patch_embed.img_size
 
@@ -278,7 +279,7 @@ class LTMModel(nn.Module):
 
         Anchors and masks have no form in TorchScript's language. A trace takes batches of any size, but images of one.
         """
-        size = (self.in_chans, *self._image_size())
+        size = (self.in_chans, *self.image_size)
         parameter = next(self.parameters())
         example = torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad(), warnings.catch_warnings():

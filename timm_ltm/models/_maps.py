@@ -77,8 +77,10 @@ class LTMStage(nn.Module):
 class LTMMapModel(LTMModel):
     """Mixin of LTM models with maps: timm's forward passes lead through stages, which are told what to do."""
 
-    def _image_size(self) -> tuple[int, int]:
-        return self.planned_size if hasattr(self, "planned_size") else super()._image_size()
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images this model was made for."""
+        return self.planned_size if hasattr(self, "planned_size") else super().image_size
 
     def _tell_stages(self) -> None:
         for module in self.modules():
