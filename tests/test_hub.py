@@ -112,6 +112,7 @@ print(json.dumps(torch.equal(made(x), plain(x))))
         assert any("/timm/test_vit.r160_in1k/" in request for request in hub.requests)
 
 
+@pytest.mark.slow  # the client tries for 50 s
 def test_a_hub_out_of_reach_is_told_by_the_hubs_own_error(tmp_path):
     hub = Hub()
     hub.server_close()  # nobody listens

@@ -247,11 +247,12 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
             W = x.shape[1]
         if mask.columns is not None and mask.straight:
             x = merge(x.reshape(-1, H, W * D), _shared(mask.columns, 1, parts))  # B H (W' D) -> B H' (W' D)
+            H = x.shape[1]
         elif mask.columns is not None:
             x = x.reshape(-1, H, W, D).transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
             x = merge(x, _shared(mask.columns, W, parts))
-            x = x.reshape(-1, W, x.shape[1], D).transpose(1, 2)  # (B W') H' D -> B H' W' D
-        H = H if mask.columns is None else mask.columns.own.shape[1]
+            H = x.shape[1]
+            x = x.reshape(-1, W, H, D).transpose(1, 2)  # (B W') H' D -> B H' W' D
         return x.reshape(-1, H * W, D)
     mask = _shared(mask, 1, parts)
     if isinstance(mask, DenseMask):
