@@ -187,11 +187,11 @@ def maps(args: argparse.Namespace, data: Clutter, x: Tensor, y: Tensor) -> None:
     plain = train(build("mobilevit_xxs"), data, args.steps // 4, 2e-3, 0)
     weights, whole = plain.state_dict(), count_gmacs(plain, x[:1])
     print(f"\nplain MobileViT-XXS, {args.steps // 4} steps: {top1(plain, x, y):.1f} %\n", flush=True)
-    print("| patches left, first stage | GMACs ratio | areas | lines of their own | straight | dense |")
-    print("|---" * 6 + "|")
+    print("| patches left, first stage | GMACs ratio | areas | lines of their own | straight | even | dense |")
+    print("|---" * 7 + "|")
     for ratio in (0.765, 0.5625, 0.39):
         cells, gmacs = [], 0.0
-        for way in ("areas", "own", "straight", "dense"):
+        for way in ("areas", "own", "straight", "even", "dense"):
             form = dict(mask_form="dense") if way == "dense" else dict(map_lines="own" if way == "areas" else way)
             model = build(
                 "ltm_mobilevit_xxs", compression_ratio=(ratio,) + (1.0,) * 8, cluster_dim=16, img_size=128, **form

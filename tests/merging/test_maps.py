@@ -118,7 +118,7 @@ def test_straight_lines_are_merged_as_wholes(grid):
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes, st.booleans(), st.sampled_from(["own", "straight"]))
+@given(shapes, st.booleans(), st.sampled_from(["own", "straight", "even"]))
 def test_masks_of_maps(shape, update, lines):
     B, H, W, ratio, seed = shape
     merger = build((H, W), ratio, seed, update=update, map_lines=lines)
@@ -138,9 +138,16 @@ def test_masks_of_maps(shape, update, lines):
     torch.testing.assert_close(unmerge(ones, to), torch.ones_like(z))
 
 
-@pytest.mark.parametrize(
-    "mode", [dict(), dict(mask_form="dense"), dict(mask_mode="batch"), dict(preset="paper")], ids=str
-)
+MODES = [{"map_lines": lines} for lines in ("own", "straight", "even")]
+MODES += [
+    {"mask_form": "dense"},
+    {"map_lines": "own", "mask_mode": "batch"},
+    {"mask_mode": "batch"},
+    {"preset": "paper"},
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_parts_are_merged_alike(mode):
     """MobileViT's pixels: one mask, from the mean of the parts, for every part."""
     grid, parts, B = (4, 6), 3, 2

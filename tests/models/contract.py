@@ -64,7 +64,7 @@ class ModelContract(ExportContract):
     shallow: ClassVar = {}
     dropout: ClassVar = {"drop_rate": 0.1, "drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
     sweep: ClassVar = {
-        "mode": [mode for mode in MODES if mode not in ("own", "straight")],  # of maps
+        "mode": [mode for mode in MODES if mode not in ("own", "straight", "even")],  # of maps
         "pool": ["", "avg"],
         "output_fmt": ["NCHW", "NLC"],
         "other_size": [(96, 64), (32, 48)],

@@ -24,6 +24,7 @@ MODES = {
     "true_labels": {"labels": "true"},
     "own": {"map_lines": "own"},
     "straight": {"map_lines": "straight"},
+    "even": {"map_lines": "even"},
 }
 
 

@@ -30,7 +30,7 @@ _CHOICES = {
     "mask_form": ("anchored", "dense"),
     "mask_softmax": ("slots", "tokens"),
     "first_mask": ("anchors", "learned", "printed"),
-    "map_lines": ("own", "straight"),
+    "map_lines": ("own", "straight", "even"),
     "mask_mode": ("sample", "batch"),
     "labels": ("posterior", "true"),
     "update_scale": ("normalized", "exact"),
@@ -61,8 +61,9 @@ class MergeConfig:
             ``"printed"``: sigmoid(f(X / tau)), as in the paper. The last two need ``mask_form="dense"``.
         carry_mask: Start a block's mask from that of the block before it (Eq. 2). An anchored mask takes over the
             update of that one block, as factors; a dense one all that went before.
-        map_lines: How an anchored mask merges a map. ``"own"``: each row by a mask of its own, then each column.
-            ``"straight"``: one mask for all rows and one for all columns, so that lines of the image stay straight.
+        map_lines: How an anchored mask merges a map. ``"straight"``: one mask for all rows and one for all columns, so
+            that lines of the image stay straight. ``"own"``: each row by a mask of its own, then each column.
+            ``"even"``: straight lines whose anchors lie at even spacing.
         mask_mode: ``"sample"``: one mask per image. ``"batch"``: the batch's mean update, its running mean in eval.
         labels: ``"posterior"``: no labels, the expectation over the posterior that Q implies. ``"true"``: the label in
             training, as in Eq. 3 (the posterior in eval, where there is none).
@@ -92,7 +93,7 @@ class MergeConfig:
     mask_softmax: str = "slots"
     first_mask: str = "anchors"
     carry_mask: bool = False
-    map_lines: str = "own"
+    map_lines: str = "straight"
     mask_mode: str = "sample"
     labels: str = "posterior"
     update: bool = True

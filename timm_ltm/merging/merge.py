@@ -22,6 +22,7 @@ __all__ = [
     "even_columns",
     "merge",
     "order_by_redundancy",
+    "order_evenly",
     "redundancy",
     "take",
     "take_columns",
@@ -166,6 +167,14 @@ def order_by_redundancy(keys: Tensor, num_slots: int) -> Tensor:
     ranked = redundancy(keys, both_halves=dropped > (N + 1) // 2).topk(N, dim=1, largest=False).indices
     anchors = ranked[:, :num_slots].sort(dim=1).values
     return torch.cat((anchors, ranked[:, num_slots:]), dim=1)
+
+
+def order_evenly(num_tokens: int, num_slots: int, device: torch.device | None = None) -> Tensor:
+    """(N,) token indices: ``num_slots`` anchors at even spacing in token order, then the others."""
+    anchors = even_columns(num_tokens, num_slots, device)
+    line = torch.arange(num_tokens, device=device)
+    goes = (line.unsqueeze(1) != anchors).all(dim=1)  # N
+    return torch.cat((anchors, (goes * num_tokens - line).topk(num_tokens - num_slots).indices))
 
 
 def anchored_mask(

@@ -19,6 +19,7 @@ from timm_ltm.merging.merge import (
     even_columns,
     merge,
     order_by_redundancy,
+    order_evenly,
     take,
     take_columns,
 )
@@ -30,8 +31,8 @@ __all__ = ["TokenMerger"]
 class TokenMerger(MaskModule):
     """Merges the tokens of one block: anchors, information-bottleneck update, mask, merge.
 
-    A sequence of tokens is merged at once; a map (a state with a grid) by rows, then by columns, and stays a map. A
-    dense mask merges either at once.
+    A sequence of tokens is merged at once; a map (a state with a grid) by rows and by columns, and stays a map. A dense
+    mask merges either at once.
 
     Args:
         dim: D.
@@ -128,7 +129,10 @@ class TokenMerger(MaskModule):
     def _anchors(self, unit: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
         """The order (anchors, then the others), unit keys in it, and the logits (B, M, P) of others to anchors."""
         with torch.no_grad():
-            order = order_by_redundancy(unit, P)
+            if self.config.map_lines == "even" and isinstance(self.tokens, tuple):
+                order = order_evenly(unit.shape[1], P, unit.device).expand(unit.shape[0], -1)
+            else:
+                order = order_by_redundancy(unit, P)
         unit = take(unit, order)
         beta = at_least_float32(self.log_beta).exp()
         return order, unit, beta * (unit[:, P:] @ unit[:, :P].transpose(1, 2))
@@ -171,7 +175,7 @@ class TokenMerger(MaskModule):
                     update = self._batch_mean(mask_update(mlp, of_cells, self._step))  # B (H W) c
             if observe:
                 return None, state
-            return (self._straight if self.config.map_lines == "straight" else self._own)(state, slots, unit, update)
+            return (self._own if self.config.map_lines == "own" else self._straight)(state, slots, unit, update)
 
     def _straight(
         self, state: MergeState, slots: tuple[int, int], unit: Tensor, update: Tensor | None
