@@ -156,7 +156,7 @@ class LTMSwinStage(LTMStage, SwinTransformerStage):
 class LTMSwinTransformer(LTMMapModel, SwinTransformer):
     """timm's Swin Transformer with Learnable Token Merging.
 
-    A block's map is merged by rows, then by columns, and stays a map; windows behind it are fitted to its size, with
+    A block's map is merged by rows and by columns, and stays a map; windows behind it are fitted to its size, with
     timm's relative position biases resized. With ``strict_img_size=False`` images of any size are taken: one that is
     not a multiple of the patches is padded, merging or not, where plain timm raises.
 
