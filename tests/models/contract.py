@@ -291,13 +291,15 @@ class ModelContract(ExportContract):
             assert groups[name]["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_low_precision(self, dtype, model, x):
+    def test_low_precision(self, dtype, x):
+        # of maps of noise, many choices of lines are nearly even: here without them
+        model = self.build(**({} if self.keeps_maps else {"map_lines": "even", "beta": 20.0}))
         reference = model(x)
         output = model.to(dtype)(x.to(dtype))
         assert output.dtype == dtype
         assert output.isfinite().all()
+        assert self.build().to(dtype)(x.to(dtype)).isfinite().all()
         difference = (output.float() - reference).abs()
-        # of maps, one of many hard choices may fall otherwise
         if self.keeps_maps:
             assert difference.max() < 0.25 * reference.abs().max()
         else:
