@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("same", derandomize=True)  # the same examples everywhere; --hypothesis-profile=default draws
+settings.load_profile("same")
 pytest.register_assert_rewrite("models.contract", "models.exports")
 
 
