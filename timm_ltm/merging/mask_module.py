@@ -100,6 +100,14 @@ class MaskModule(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if isinstance(tokens, tuple) and config.mask_form == "anchored" and config.update:
+            for name, wrong in (("carry_mask", config.carry_mask), ("cluster_grid", config.cluster_grid == 0)):
+                if wrong:
+                    raise ValueError(
+                        f"{name}: got {getattr(config, name)!r} for a map merged by rows and columns, expected "
+                        f"{MergeConfig.__dataclass_fields__[name].default!r}. Leave it out; a dense mask has it, in "
+                        "models that take one."
+                    )
         self.ratio, self.config, self.first, self.parts = ratio, config, first, parts
         self.tokens = tokens
         self.num_tokens, self.num_slots = count(tokens), count(slots_of(tokens, ratio))

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ltm.merging.config import MergeConfig
 from timm_ltm.merging.mask_module import MaskModule, MergeState, count, slots_of
 from timm_ltm.merging.merge import (
     AnchoredMask,
@@ -47,28 +46,6 @@ class TokenMerger(MaskModule):
     Raises:
         ValueError: Settings that a map cannot be merged with.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        tokens: int | tuple[int, int],
-        ratio: float,
-        config: MergeConfig,
-        num_classes: int = 0,
-        first: bool = False,
-        parts: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, tokens, ratio, config, num_classes, first, parts, device, dtype)
-        if isinstance(tokens, tuple) and config.mask_form == "anchored":
-            for name, wrong in (("carry_mask", config.carry_mask), ("cluster_grid", config.cluster_grid == 0)):
-                if wrong and config.update:
-                    raise ValueError(
-                        f"{name}: got {getattr(config, name)!r} for a map merged by rows and columns, expected "
-                        f"{MergeConfig.__dataclass_fields__[name].default!r}. Leave it out; a dense mask has it, in "
-                        "models that take one."
-                    )
 
     def forward(
         self,
@@ -149,7 +126,10 @@ class TokenMerger(MaskModule):
             if values is not None and mlp is not None:
                 merged = merge(values, anchored_mask(order, similarity, state.size)[0]) if cells is None else None
                 of_cells = self._direction(values, state, merged) * self._step
-                own, rest = _in_slots(self._batch_mean(mask_update(mlp, of_cells, 1.0)), order, cells, P)
+                if observe:
+                    return None, state
+                update = self._batch_mean(mask_update(mlp, of_cells, 1.0))  # of tokens in place: images align
+                own, rest = _in_slots(take(update, order), cells, P)
                 if self.config.carry_mask and state.carried is not None:
                     query, key = take(state.carried, order).chunk(2, dim=2)
                     own = own + (query[:, :P] * key[:, :P]).sum(dim=2)
@@ -222,11 +202,11 @@ class TokenMerger(MaskModule):
         tokens: _Tokens = (unit, state.size, state.cells, update)
         rows = columns = None
         if W_ < W or H_ == H:
-            rows, tokens = self._along(_lines(tokens, W), W_)  # (B H) W -> (B H) W'
-            tokens = _lines(tokens, H * W_)
+            rows, tokens = self._along(_folded(tokens, W), W_)  # (B H) W -> (B H) W'
+            tokens = _folded(tokens, H * W_)
         if H_ < H:
-            columns, tokens = self._along(_lines(_turned(tokens, H), H), H_)  # (B W') H -> (B W') H'
-            tokens = _turned(_lines(tokens, W_ * H_), W_)
+            columns, tokens = self._along(_folded(_turned(tokens, H), H), H_)  # (B W') H -> (B W') H'
+            tokens = _turned(_folded(tokens, W_ * H_), W_)
         _, size, cells, _ = tokens
         mask = GridMask(rows, columns, state.grid)
         return mask, MergeState(size, cells, slots, None, mask)
@@ -235,11 +215,14 @@ class TokenMerger(MaskModule):
         """Lines of n tokens each to P: their mask, and what is known of the merged tokens. A slot is its anchor."""
         unit, size, cells, update = tokens
         order, unit, similarity = self._anchors(unit, P)
-        anchors = order[:, :P]
-        cells = cells.gather(1, anchors) if cells is not None else None
-        own, rest = _in_slots(update, order, cells, P) if update is not None else (None, None)
+        cells = cells.gather(1, order[:, :P]) if cells is not None else None
+        own = rest = None
+        if update is not None:
+            update = take(update, order)
+            own, rest = _in_slots(update, cells, P)
+            update = update[:, :P]
         mask, size = anchored_mask(order, similarity, size, own, rest)
-        return mask, (unit[:, :P], size, cells, take(update, anchors) if update is not None else None)
+        return mask, (unit[:, :P], size, cells, update)
 
     def _dense(
         self,
@@ -315,7 +298,7 @@ class TokenMerger(MaskModule):
 _Tokens = tuple[Tensor, Tensor, Union[Tensor, None], Union[Tensor, None]]  # unit keys, size, cells, update
 
 
-def _lines(tokens: _Tokens, length: int) -> _Tokens:
+def _folded(tokens: _Tokens, length: int) -> _Tokens:
     """(L, n, ...) -> (L n / length, length, ...) of each."""
     return tuple(t if t is None else t.reshape(-1, length, *t.shape[2:]) for t in tokens)
 
@@ -331,15 +314,13 @@ def _turned(tokens: _Tokens, height: int) -> _Tokens:
     return tuple(turned)
 
 
-def _in_slots(update: Tensor, order: Tensor, cells: Tensor | None, P: int) -> tuple[Tensor, Tensor]:
+def _in_slots(update: Tensor, cells: Tensor | None, P: int) -> tuple[Tensor, Tensor]:
     """Eq. 3 where an anchored mask is dense: each anchor in its own slot (B, P), the others in every slot (B, M, P).
 
     Args:
-        update: (B, N, c) of every token for every cell, or every slot.
-        order: (B, N) anchors, then the others.
+        update: (B, N, c) of every token for every cell, or every slot: anchors first, then the others.
         cells: (B, P) of the slots, None where every slot has its own.
     """
-    update = take(update, order)
-    columns = torch.arange(P, device=order.device).expand(order.shape[0], -1) if cells is None else cells
+    columns = torch.arange(P, device=update.device).expand(update.shape[0], -1) if cells is None else cells
     own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
     return own, take_columns(update[:, P:], columns)
