@@ -95,7 +95,7 @@ def mean_keys(x: Tensor, qkv: nn.Module, layout: tuple[int, int]) -> Tensor:
 
     Args:
         qkv: A linear layer or 1 x 1 convolution that projects to queries, keys and values.
-        layout: Its outputs' outer axes: (3, heads), or (heads, 3). -1 is counted.
+        layout: Its outputs' outer axes: (3, heads), or (heads, 3).
     """
     key = (1,) if layout[0] == 3 else (slice(None), 1)
 
@@ -152,26 +152,30 @@ class _Traced(nn.Module):
 class LTMModel(nn.Module):
     """Mixin of every LTM model, in front of timm's class.
 
-    The constructor of the subclass sets ``merge_config`` and gives blocks their :class:`TokenMerger`, then calls
-    :meth:`_finish_ltm`.
+    The constructor of the subclass ends with :meth:`_finish_ltm`, which has :meth:`_add_mergers` give blocks their
+    :class:`TokenMerger`: after timm's own initialisation, so that its random numbers are those of the plain model.
     """
 
     merge_config: MergeConfig
     block_ratios: tuple[float, ...]  # of every transformer block
     collecting: bool = False
 
-    def _finish_ltm(self, ltm_kwargs: dict[str, Any]) -> None:
-        self.ltm_args = dict(ltm_kwargs)
+    def _add_mergers(self, dd: dict[str, Any]) -> None:
+        """Set ``block_ratios`` and the blocks' mergers, made on ``dd``, device and dtype."""
+        raise NotImplementedError
+
+    def _finish_ltm(self, config: MergeConfig, ltm_kwargs: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        self.merge_config, self.ltm_args = config, dict(ltm_kwargs)
+        self._add_mergers({name: kwargs.get(name) for name in ("device", "dtype")})
         self._forced: bool | None = None
         self._epoch, self._merging = 0, False
         merging = [i for i, ratio in enumerate(self.block_ratios) if ratio < 1]
         for index, (_, merger) in zip(merging, self.mergers(), strict=True):
             merger.index = index
         if merging and all(merger.num_slots == merger.num_tokens for _, merger in self.mergers()):
-            sides = [merger.tokens if isinstance(merger.tokens, tuple) else None for _, merger in self.mergers()]
             largest = max(
-                (1 - 1 / max(side)) ** 2 if side else 1 - 1 / merger.num_tokens
-                for side, (_, merger) in zip(sides, self.mergers(), strict=True)
+                (1 - 1 / max(merger.tokens)) ** 2 if isinstance(merger.tokens, tuple) else 1 - 1 / merger.tokens
+                for _, merger in self.mergers()
             )
             warnings.warn(
                 f"compression_ratio: {self.merge_config.compression_ratio} merges nothing at this input size, where "

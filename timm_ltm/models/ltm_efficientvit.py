@@ -92,12 +92,11 @@ class LTMEfficientVit(LTMMapModel, EfficientVit):
     def __init__(self, *args: Any, img_size: int | tuple[int, int] = 224, **kwargs: Any) -> None:
         ltm_kwargs, config, kwargs = map_settings(kwargs)
         super().__init__(*args, **kwargs)
-        self.merge_config, self.planned_size = config, to_2tuple(img_size)
-        self._add_mergers(self.planned_size, {name: kwargs.get(name) for name in ("device", "dtype")})
-        self._finish_ltm(ltm_kwargs)
+        self.planned_size = to_2tuple(img_size)
+        self._finish_ltm(config, ltm_kwargs, kwargs)
 
-    def _add_mergers(self, size: tuple[int, int], dd: dict[str, Any]) -> None:
-        """After timm's own initialisation, so that its random numbers are those of the plain model."""
+    def _add_mergers(self, dd: dict[str, Any]) -> None:
+        size = self.planned_size
         config = self.merge_config
         depths = [sum(isinstance(block, EfficientVitBlock) for block in stage.blocks) for stage in self.stages]
         self.block_ratios = config.ratios_for([depth for depth in depths if depth])

@@ -94,12 +94,11 @@ class LTMMobileVit(LTMMapModel, ByobNet):
     def __init__(self, *args: Any, img_size: int | tuple[int, int] = 256, **kwargs: Any) -> None:
         ltm_kwargs, config, kwargs = map_settings(kwargs)
         super().__init__(*args, img_size=img_size, **kwargs)
-        self.merge_config, self.planned_size = config, to_2tuple(img_size)
-        self._add_mergers(self.planned_size, {name: kwargs.get(name) for name in ("device", "dtype")})
-        self._finish_ltm(ltm_kwargs)
+        self.planned_size = to_2tuple(img_size)
+        self._finish_ltm(config, ltm_kwargs, kwargs)
 
-    def _add_mergers(self, size: tuple[int, int], dd: dict[str, Any]) -> None:
-        """After timm's own initialisation, so that its random numbers are those of the plain model."""
+    def _add_mergers(self, dd: dict[str, Any]) -> None:
+        size = self.planned_size
         config, infos = self.merge_config, self.feature_info
         blocks = [m for stage in self.stages for m in stage if isinstance(m, MobileVitBlock)]
         self.block_ratios = config.ratios_for([len(block.transformer) for block in blocks])

@@ -24,10 +24,10 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
-from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of
+from timm_ltm.merging import MergeState, TokenMerger, initial_state, slots_of
 from timm_ltm.merging.update import at_least_float32
-from timm_ltm.models._common import fit_classes, mean_keys, resized, run_block, split_ltm_kwargs
-from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, real_reduction
+from timm_ltm.models._common import fit_classes, mean_keys, resized, run_block
+from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, map_settings, real_reduction
 
 __all__ = ["LTMSwinBlock", "LTMSwinTransformer"]
 
@@ -169,22 +169,18 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
-        config = MergeConfig.from_kwargs(**ltm_kwargs)
+        ltm_kwargs, config, kwargs = map_settings(kwargs)
         if config.mask_form == "dense":
             raise ValueError(
                 "mask_form: got 'dense', expected 'anchored'. Swin's maps are long (56 x 56 tokens): a dense mask "
                 "costs more than it can save, so the paper's preset is not for Swin. Leave mask_form and preset out."
             )
         super().__init__(*args, **kwargs)
-        self.merge_config = config
         if not self.patch_embed.strict_img_size:
             self.patch_embed.dynamic_img_pad = True
-        self._add_mergers({name: kwargs.get(name) for name in ("device", "dtype")})
-        self._finish_ltm(ltm_kwargs)
+        self._finish_ltm(config, ltm_kwargs, kwargs)
 
     def _add_mergers(self, dd: dict[str, Any]) -> None:
-        """After timm's own initialisation, so that its random numbers are those of the plain model."""
         config = self.merge_config
         self.block_ratios = config.ratios_for([stage.depth for stage in self.layers])
         behind = False

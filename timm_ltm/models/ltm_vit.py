@@ -125,7 +125,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         ltm_kwargs, kwargs = split_ltm_kwargs(kwargs)
-        self_config = MergeConfig.from_kwargs(**ltm_kwargs)
+        config = MergeConfig.from_kwargs(**ltm_kwargs)
         block_fn = kwargs.pop("block_fn", LTMBlock)
         if block_fn is Block:
             block_fn = LTMBlock
@@ -135,12 +135,9 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
                 "between attention and MLP; leave block_fn out, or subclass LTMBlock."
             )
         super().__init__(*args, block_fn=block_fn, **kwargs)
-        self.merge_config = self_config
-        self._add_mergers({name: kwargs.get(name) for name in ("device", "dtype")})
-        self._finish_ltm(ltm_kwargs)
+        self._finish_ltm(config, ltm_kwargs, kwargs)
 
     def _add_mergers(self, dd: dict[str, Any]) -> None:
-        """After timm's own initialisation, so that its random numbers are those of the plain model."""
         tokens, first = self.patch_embed.num_patches, True
         self.block_ratios = self.merge_config.ratios_for([len(self.blocks)])
         for block, ratio in zip(self.blocks, self.block_ratios, strict=True):
