@@ -91,7 +91,7 @@ class TokenMerger(MaskModule):
                 f"or mask_mode={self.config.mask_mode!r} tie a model to one input size. Create the model with this "
                 "img_size, or with settings that are not tied to one."
             )
-        slots = slots_of(tokens, self.ratio)
+        slots = slots_of(self.tokens if self.tied else tokens, self.ratio)  # in warm-up blocks see more tokens
         unit = None
         if self.needs_keys:
             assert keys is not None, "anchors are compared by attention keys"
