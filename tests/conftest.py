@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import settings
+from sklearn.datasets import load_digits
 
 settings.register_profile("same", derandomize=True)  # the same examples everywhere; --hypothesis-profile=default draws
 settings.load_profile("same")
@@ -26,3 +27,10 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """256 handwritten digits (256, 1, 8, 8) and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images[:256] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels[:256])

@@ -12,26 +12,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from small import SHAPE, make
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch.nn.modules import module as torch_module
 
 import timm_ltm
 from timm_ltm import training
-
-SHAPE = dict(img_size=8, patch_size=1, in_chans=1, num_classes=10, num_clusters=8, compression_ratio=0.8)
-
-
-def make(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return timm.create_model("ltm_vit_test", **{**SHAPE, **kwargs})
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images[:256] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels[:256])
 
 
 def run_epoch(model, refresh, x, y, batch=64, targets=None, optimizer=None):

@@ -160,6 +160,17 @@ class ModelContract(ExportContract):
         fresh.load_state_dict(model.state_dict())
         assert fresh.merging, "the epoch travels in the state dict"
 
+    def test_warmup_collects_in_every_mode(self, mode, x):
+        """Blocks behind the first see all tokens then, and nothing that training moves is moved."""
+        model = self.build(merge_warmup_epochs=1, **MODES[mode]).train()
+        model.set_collecting(True)
+        before = {name: value.clone() for name, value in model.named_buffers() if ".merger." in name}
+        model(x)
+        for _, merger in model.mergers():
+            assert not merger.updates or merger.features.isfinite().all()
+        for name, value in before.items():
+            assert torch.equal(value, model.get_buffer(name)), name
+
     # Inputs and heads
 
     def test_forward_is_features_and_head(self, model, x):
