@@ -53,6 +53,7 @@ class ModelContract(ExportContract):
         keeps_maps: Whether features lie on the plain model's grid.
         resizes: Whether there is a ``set_input_size``.
         extra: Of both models, for an input size other than their own.
+        any_size: Scripted models take images of other sizes too.
         tolerance: Absolute, between ways to compute the same output.
     """
 
@@ -76,6 +77,7 @@ class ModelContract(ExportContract):
     resizes = True
     extra: ClassVar = {}
     tolerance = 1e-5
+    any_size = False
 
     def build(self, **kwargs):
         """A model in eval mode whose update is not zero."""

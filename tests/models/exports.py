@@ -73,24 +73,49 @@ class ExportContract:
         self.check_exported(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model)
 
     @pytest.mark.filterwarnings("ignore")
-    def test_script(self, tmp_path):
+    @pytest.mark.parametrize("merging", [True, False])
+    def test_script(self, merging, tmp_path):
+        self.check_script("default", merging, tmp_path)
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_script_of_modes(self, mode, tmp_path):
+        self.check_script(mode, True, tmp_path)
+
+    def check_script(self, mode, merging, folder):
+        with set_scriptable(True):
+            model = self.build(**self.shallow, **MODES[mode])
+        model.set_merging(merging)
+        before = model(self.images(2))
+        scripted = torch.jit.script(model)
+        assert_close(model(self.images(2)), before, rtol=0, atol=0)  # the model itself is as it was
+        self.check_exported(scripted, model)
+        torch.jit.save(scripted, folder / "model.pt")
+        self.check_exported(torch.jit.load(folder / "model.pt"), model)
+        if self.any_size and not any(merger.tied for _, merger in model.mergers()):
+            images = self.images(2, size=(2 * self.size[0], self.size[1]))
+            assert_close(scripted(images), model(images), rtol=1e-4, atol=self.tolerance)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_fx_script(self):
+        """As timm's tests do it: a graph with timm's leaves, scripted."""
         with set_scriptable(True):
             model = self.build(**self.shallow)
-        scripted = torch.jit.script(model)
-        self.check_exported(scripted, model)
-        torch.jit.save(scripted, tmp_path / "model.pt")
-        self.check_exported(torch.jit.load(tmp_path / "model.pt"), model)
-        H, W = self.size
-        with pytest.raises(torch.jit.Error, match=f"got images of {H} x {2 * W}, expected {H} x {W}"):
-            scripted(self.images(size=(H, 2 * W)))
+        graph, last = self.graph(model)
+        scripted = torch.jit.script(graph)
+        self.check_exported(lambda x: scripted(x)[last], model)
 
-    def test_fx(self, x):
+    def graph(self, model):
+        """torchvision's extractor of the model's output, and the name of its last node."""
         extraction = pytest.importorskip("torchvision.models.feature_extraction")
-        model = self.build(**self.shallow)
         leaves = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
         options = {**leaves, "param_shapes_constant": True}
         last = extraction.get_graph_node_names(model, tracer_kwargs=options)[1][-1]
-        graph = extraction.create_feature_extractor(model, return_nodes=[last], tracer_kwargs=options)
+        return extraction.create_feature_extractor(model, return_nodes=[last], tracer_kwargs=options), last
+
+    def test_fx(self, x):
+        model = self.build(**self.shallow)
+        graph, last = self.graph(model)
         self.check_exported(lambda x: graph(x)[last], model)
         graph.train()(x)[last].square().sum().backward()
         traced = {

@@ -25,6 +25,7 @@ class TestMobileViT(MapContract):
         "other_size": [(96, 72), (75, 110)],
     }  # fmt: skip
     resizes = False
+    any_size = True
 
     def map_sizes(self, height, width):
         def half(grid):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from timm_ltm.merging import slots_of
 from timm_ltm.models._maps import adopt
-from timm_ltm.models.ltm_swin import LTMSwinBlock, LTMWindowAttention, fit_window
+from timm_ltm.models.ltm_swin import LTMWindowAttention, fit_window
 
 from .maps import MAP_MODES, MODES, MapContract
 
@@ -92,10 +92,9 @@ def test_fitted_windows_are_timms_of_that_size(grid, shift):
     table = state["attn.relative_position_bias_table"].normal_()
     state["attn.relative_position_bias_table"] = resize_rel_pos_bias_table_simple(table, (6, 6), (121, 2))
     expected.load_state_dict(state)
-    block = adopt(LTMSwinBlock, block, merger=None, behind_merger=True)
-    block.attn = adopt(LTMWindowAttention, block.attn)
+    attn = adopt(LTMWindowAttention, block.attn, shifts=shift > 0)
     x = torch.randn(2, *grid, 16)
-    assert_close(block._fitted_attn(x), expected._attn(x))
+    assert_close(attn(x), expected._attn(x))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -103,12 +102,11 @@ def test_fitted_windows_are_timms_of_that_size(grid, shift):
 def test_opposite_edges_do_not_see_each_other(length, fused):
     """A row of a map, padded or not, sees rows of its shifted window alone."""
     block = SwinTransformerBlock(16, (28, 28), num_heads=2, window_size=7, shift_size=3)
-    block = adopt(LTMSwinBlock, block, merger=None, behind_merger=True)
-    block.attn = adopt(LTMWindowAttention, block.attn, fused_attn=fused)
+    attn = adopt(LTMWindowAttention, block.attn, shifts=True, fused_attn=fused)
     window = fit_window(length, 7)
     x = torch.randn(1, length, 7, 16, requires_grad=True)
     for row in range(length):
-        (gradient,) = torch.autograd.grad(block._fitted_attn(x)[0, row].sum(), x)
+        (gradient,) = torch.autograd.grad(attn(x)[0, row].sum(), x)
         seen = (gradient.abs().amax(dim=(0, 2, 3)) > 1e-9).nonzero().flatten().tolist()
         start = (row - window // 2) // window * window + window // 2
         assert seen == [i for i in range(start, start + window) if 0 <= i < length]

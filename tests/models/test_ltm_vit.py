@@ -22,6 +22,7 @@ class TestViT(ModelContract):
     plain = "test_vit"
     kwargs: ClassVar = {"img_size": 64, "num_classes": 10}
     shallow: ClassVar = {"depth": 2}
+    any_size = True
     dropout: ClassVar = {**ModelContract.dropout, "pos_drop_rate": 0.1}
     sweep: ClassVar = {**ModelContract.sweep, "pool": ["", "avg", "avgmax", "max", "token"]}
 

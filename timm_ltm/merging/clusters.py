@@ -78,7 +78,7 @@ def fit_temperature(x: Tensor, centroids: Tensor, target: float = 0.5, iteration
     low, high = math.log(spread) - 25.0, math.log(spread) + 10.0
     for _ in range(iterations):
         middle = 0.5 * (low + high)
-        if mean_entropy(assign(x, centroids, math.exp(middle))) < goal:
+        if mean_entropy(assign(x, centroids, torch.tensor(math.exp(middle)))) < goal:
             low = middle
         else:
             high = middle
@@ -293,7 +293,7 @@ class RunningClusters:
             reseeded = self._move_centroids(x, first)
             T = self.temperature if self.temperature != "fit" else fit_temperature(x, clusters.centroids.float())
             clusters.temperature.fill_(T)
-            phi = assign(x, clusters.centroids.float(), T)
+            phi = assign(x, clusters.centroids.float(), torch.tensor(T))
             self._commit_q(x, phi, labels, reseeded, first)
             report["reseeded"] = float(reseeded.sum()) * (not first)
             report["entropy"] = float(mean_entropy(phi)) / math.log(phi.shape[1])

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 __all__ = ["PAPER", "PRESETS", "MergeConfig"]
 
 # The form the paper prints. "Eq. N" and sections are those of Wang & Yang, TPAMI 2025.
@@ -199,6 +201,6 @@ def num_slots(num_tokens: int, ratio: float) -> int:
         ValueError: There is not one slot.
     """
     slots = math.ceil(ratio * num_tokens - 1e-6)
-    if slots < 1:
+    if slots < 1 and not torch.jit.is_scripting():
         raise _error("compression_ratio", ratio, f"at least one slot of {num_tokens} tokens", "Raise the ratio.")
     return slots

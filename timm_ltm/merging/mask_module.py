@@ -1,6 +1,7 @@
-"""What every form of a mask shares: parameters, clusters, and the direction of the information-bottleneck update."""
+"""What every form of a mask shares: parameters, clusters, and the direction of the information-bottleneck update.
 
-from __future__ import annotations
+TorchScript compiles the forward pass, hence no postponed annotations.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -8,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import Final
 
 from timm_ltm.merging.clusters import Clusters
 from timm_ltm.merging.config import MergeConfig, num_slots
 from timm_ltm.merging.merge import Mask
 from timm_ltm.merging.update import at_least_float32, pool_slots
 
-__all__ = ["MaskModule", "MergeState", "grid_cells", "initial_state", "slots_of"]
+__all__ = ["MaskModule", "MergeState", "count", "grid_cells", "initial_state", "map_slots", "slots_of"]
 
 
 class MergeState(NamedTuple):
@@ -35,7 +37,7 @@ class MergeState(NamedTuple):
     mask: Mask | None = None
 
 
-def grid_cells(height: int, width: int, cells: int, device: Any = None) -> Tensor:
+def grid_cells(height: int, width: int, cells: int, device: torch.device | None = None) -> Tensor:
     """(H W,): the index of the cell of a coarse g x g grid in which each token of an H x W grid lies."""
     rows = torch.arange(height, device=device) * cells // height
     columns = torch.arange(width, device=device) * cells // width
@@ -66,16 +68,19 @@ def initial_state(
     of_map = grid if stays_map else None
     if not cells:
         return MergeState(size, None, of_map)
-    index = grid_cells(*grid, cells, x.device)
+    index = grid_cells(grid[0], grid[1], cells, x.device)
     return MergeState(size, index.expand(B, -1) if kept is None else index[kept], of_map)
 
 
 def slots_of(tokens: int | tuple[int, int], ratio: float) -> int | tuple[int, int]:
     """P = ceil(r N) of N tokens; (ceil(H sqrt r), ceil(W sqrt r)) of a map."""
-    if isinstance(tokens, tuple):
-        side = math.sqrt(ratio)
-        return num_slots(tokens[0], side), num_slots(tokens[1], side)
-    return num_slots(tokens, ratio)
+    return map_slots(tokens, ratio) if isinstance(tokens, tuple) else num_slots(tokens, ratio)
+
+
+def map_slots(grid: tuple[int, int], ratio: float) -> tuple[int, int]:
+    """(ceil(H sqrt r), ceil(W sqrt r)) of a map (H, W)."""
+    side = math.sqrt(ratio)
+    return num_slots(grid[0], side), num_slots(grid[1], side)
 
 
 def count(tokens: int | tuple[int, int]) -> int:
@@ -84,7 +89,26 @@ def count(tokens: int | tuple[int, int]) -> int:
 
 
 class MaskModule(nn.Module):
-    """Parameters, clusters and direction, without the forms of a mask: see :class:`TokenMerger`."""
+    """Parameters, clusters and direction, without the forms of a mask: see :class:`TokenMerger`.
+
+    Attributes:
+        updates: Whether there is an update: in the paper's form, from the second mask on (Eq. 2).
+        starts_mask: Whether the mask begins with f(X).
+        needs_keys: Whether :meth:`forward` reads attention keys.
+        tied: Whether settings tie this module to one number of tokens.
+    """
+
+    updates: Final[bool]
+    starts_mask: Final[bool]
+    needs_keys: Final[bool]
+    tied: Final[bool]
+    dense: Final[bool]
+    carries: Final[bool]
+    projects: Final[bool]
+    normalizes: Final[bool]
+    even_lines: Final[bool]
+    own_lines: Final[bool]
+    printed: Final[bool]
 
     def __init__(
         self,
@@ -110,6 +134,7 @@ class MaskModule(nn.Module):
                     )
         self.ratio, self.config, self.first, self.parts = ratio, config, first, parts
         self.tokens = tokens
+        self.grid = tokens if isinstance(tokens, tuple) else (tokens, 1)
         self.num_tokens, self.num_slots = count(tokens), count(slots_of(tokens, ratio))
         self.collecting = False  # set by ClusterRefresh: keep each training batch's features
         self.features: Tensor | None = None  # (B, F), read and cleared by ClusterRefresh
@@ -117,6 +142,15 @@ class MaskModule(nn.Module):
 
         self.starts_mask = config.first_mask != "anchors" and (first or not config.carry_mask)
         self.updates = config.update and not (self.starts_mask and config.carry_mask)  # Eq. 2: l >= 2
+        self.needs_keys = config.first_mask == "anchors"
+        self.tied = self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
+        # settings as constants: TorchScript compiles only what they lead to
+        self.dense, self.carries = config.mask_form == "dense", config.carry_mask
+        self.projects, self.normalizes = config.cluster_dim > 0, config.update_scale == "normalized"
+        self.even_lines = config.map_lines == "even" and isinstance(tokens, tuple)
+        self.own_lines, self.printed = config.map_lines == "own", config.first_mask == "printed"
+        self.cluster_grid, self.momentum, self.tau = config.cluster_grid, config.momentum, config.tau
+        self.mask_softmax = config.mask_softmax
         if config.mask_form == "anchored" or config.first_mask == "anchors":
             self.log_beta = nn.Parameter(torch.empty((), **dd))
         if self.starts_mask:
@@ -172,20 +206,9 @@ class MaskModule(nn.Module):
         elif log_q is not None:
             self.clusters.log_q = log_q.new_zeros(log_q.shape[0], num_classes)
 
-    @property
-    def needs_keys(self) -> bool:
-        """Whether :meth:`forward` reads attention keys."""
-        return self.config.first_mask == "anchors"
-
-    @property
-    def tied(self) -> bool:
-        """Whether settings tie this module to one number of tokens."""
-        config = self.config
-        return self.starts_mask or (self.updates and (config.cluster_grid == 0 or config.mask_mode == "batch"))
-
     def _of_image(self, x: Tensor) -> Tensor:
-        """(B parts, ...) -> (B, ...): the mean of what is merged alike."""
-        return x if self.parts == 1 else x.reshape(-1, self.parts, *x.shape[1:]).mean(dim=1)
+        """(B parts, N, D) -> (B, N, D): the mean of what is merged alike."""
+        return x if self.parts == 1 else x.reshape(-1, self.parts, x.shape[1], x.shape[2]).mean(dim=1)
 
     def _values(self, z: Tensor, num_prefix: int = 0) -> tuple[Tensor | None, Tensor | None]:
         """What is clustered and MLP(Z), (B, N, d) each; nothing without an update.
@@ -194,13 +217,15 @@ class MaskModule(nn.Module):
 
         The normalisation is per token, before merging: merging and pooling stay linear in what is clustered.
         """
-        if not self.updates:
+        if self.updates:
+            values = self.proj(self._of_image(z)[:, num_prefix:])
+            if self.projects:
+                values = F.layer_norm(values, (self.cluster_dim,))
+            # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
+            mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
+            return at_least_float32(values), at_least_float32(mlp)
+        else:  # TorchScript compiles what follows a return
             return None, None
-        values = self.proj(self._of_image(z)[:, num_prefix:])
-        values = F.layer_norm(values, (self.cluster_dim,)) if self.config.cluster_dim else values
-        # MLP of Eq. 3: two linear layers with a ReLU between; the projection is the first where there is one
-        mlp = self.mlp_fc2(F.relu(self.mlp_fc1(values)))
-        return at_least_float32(values), at_least_float32(mlp)
 
     def _direction(self, values: Tensor, state: MergeState, merged: Tensor | None) -> Tensor:
         """dir of Eq. 3 (B, c, d), one per cell.
@@ -210,31 +235,33 @@ class MaskModule(nn.Module):
         ``merged`` (B, P, d), by this block's mask without the update. A slot takes the direction of its cell; its
         share in the pooling is left to the step size.
         """
-        pooled = merged
-        if state.cells is not None:
-            pooled, _ = pool_slots(values, state.cells, self.num_cells, state.size)
+        cells, pooled = state.cells, merged
+        if cells is not None:
+            pooled = pool_slots(values, cells, self.num_cells, state.size)[0]
         assert pooled is not None, "one cell per slot needs merged features"
         flat = pooled.flatten(1)  # B (c d)
+        if torch.jit.is_scripting():
+            return self.clusters(flat, None).view_as(pooled)
         if self.training and self.collecting:
             self.features = flat if self.config.ib_loss_weight else flat.detach()
         labels = self.labels if self.training else None
         if labels is not None and labels.shape[0] != flat.shape[0]:
             raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
-        return self.clusters(flat, labels).view(pooled.shape)
+        return self.clusters(flat, labels).view_as(pooled)
 
-    @property
     def _step(self) -> Tensor:
         """2 eta / T of Eq. 3, or eta where R has the rest in it."""
         eta = at_least_float32(self.eta)
-        return eta if self.config.update_scale == "normalized" else 2.0 * eta / self.clusters.temperature.to(eta.dtype)
+        return eta if self.normalizes else 2.0 * eta / self.clusters.temperature.to(eta.dtype)
 
     def _batch_mean(self, update: Tensor) -> Tensor:
         """The sum over the minibatch of Eq. 3, as a mean: of the batch in training, the running one in eval."""
-        if self.running_update is None:
+        running = self.running_update
+        if running is None:
             return update
         if not self.training:
-            return self.running_update.to(update.dtype).expand_as(update)
+            return running.to(update.dtype).expand_as(update)
         mean = update.mean(dim=0)
         with torch.no_grad():
-            self.running_update.lerp_(mean.to(self.running_update.dtype), self.config.momentum)
+            running.lerp_(mean.to(running.dtype), self.momentum)
         return mean.expand_as(update)

@@ -2,11 +2,11 @@
 
 One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, d cluster
 width, H W grid. A mask G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z.
+
+TorchScript compiles this file, hence no postponed annotations, generators or recursion.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple, Union
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,6 @@ __all__ = [
     "take_columns",
     "unmerge",
 ]
-
-_FLOOR = -40.0  # of logits below the largest: a sharp softmax leaves denormal numbers, with which CPUs crawl
-_BOUND = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
 
 
 class AnchoredMask(NamedTuple):
@@ -199,16 +196,19 @@ def anchored_mask(
     Returns:
         The mask, and the sizes (B, P) of the merged tokens. Sizes add up to those put in.
     """
+    bound = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
+    floor = -40.0  # of logits below the largest: a sharp softmax leaves denormal numbers, with which CPUs crawl
     P = similarity.shape[2]
-    own, size_rest = size.gather(1, order).split((P, order.shape[1] - P), dim=1)
+    size = size.gather(1, order)
+    own, size_rest = size[:, :P], size[:, P:]
     if update_rest is not None:
-        update_rest = update_rest.clamp(-_BOUND, _BOUND)
+        update_rest = update_rest.clamp(-bound, bound)
         similarity = similarity + update_rest
-    to = (similarity - similarity.amax(dim=2, keepdim=True)).clamp_min(_FLOOR).softmax(dim=2)
+    to = (similarity - similarity.amax(dim=2, keepdim=True)).clamp_min(floor).softmax(dim=2)
     rest = size_rest.unsqueeze(2) * to
     merged_size = total = own + rest.sum(dim=1)
     if update_own is not None and update_rest is not None:
-        own, rest = own * update_own.clamp(-_BOUND, _BOUND).exp(), rest * update_rest.exp()
+        own, rest = own * update_own.clamp(-bound, bound).exp(), rest * update_rest.exp()
         total = own + rest.sum(dim=1)
     return AnchoredMask(order, own / total, rest / total.unsqueeze(1), to), merged_size
 
@@ -249,27 +249,41 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
         (B parts, num_prefix + P, D).
     """
     if isinstance(mask, GridMask):
-        (H, W), D = mask.grid, x.shape[2]
-        if mask.rows is not None:
-            rows = _shared(mask.rows, 1, H * parts) if mask.straight else _shared(mask.rows, H, parts)
-            x = merge(x.reshape(-1, W, D), rows)  # (B H) W D -> (B H) W' D
-            W = x.shape[1]
-        if mask.columns is not None and mask.straight:
-            x = merge(x.reshape(-1, H, W * D), _shared(mask.columns, 1, parts))  # B H (W' D) -> B H' (W' D)
-            H = x.shape[1]
-        elif mask.columns is not None:
-            x = x.reshape(-1, H, W, D).transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
-            x = merge(x, _shared(mask.columns, W, parts))
-            H = x.shape[1]
-            x = x.reshape(-1, W, H, D).transpose(1, 2)  # (B W') H' D -> B H' W' D
-        return x.reshape(-1, H * W, D)
-    mask = _shared(mask, 1, parts)
+        return _merge_map(x, mask, parts)
     if isinstance(mask, DenseMask):
-        merged = mask.weights.to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
+        merged = _shared(mask.weights, 1, parts).to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
         return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
+    return _merge_lines(x, mask, 1, parts, num_prefix)
+
+
+def _merge_map(x: Tensor, mask: GridMask, parts: int) -> Tensor:
+    """Rows, then columns."""
+    H, W = mask.grid
+    D, rows, columns = x.shape[2], mask.rows, mask.columns
+    if rows is not None:
+        lines, repeats = (1, H * parts) if mask.straight else (H, parts)
+        x = _merge_lines(x.reshape(-1, W, D), rows, lines, repeats)  # (B H) W D -> (B H) W' D
+        W = x.shape[1]
+    if columns is not None and mask.straight:
+        x = _merge_lines(x.reshape(-1, H, W * D), columns, 1, parts)  # B H (W' D) -> B H' (W' D)
+        H = x.shape[1]
+    elif columns is not None:
+        x = x.reshape(-1, H, W, D).transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
+        x = _merge_lines(x, columns, W, parts)
+        H = x.shape[1]
+        x = x.reshape(-1, W, H, D).transpose(1, 2)  # (B W') H' D -> B H' W' D
+    return x.reshape(-1, H * W, D)
+
+
+def _merge_lines(x: Tensor, mask: AnchoredMask, lines: int, parts: int, num_prefix: int = 0) -> Tensor:
+    """An anchored mask of (B ``lines``) lines, each shared by ``parts`` of them."""
     P = mask.own.shape[1]
-    anchors, others = mask.order[:, :P], mask.order[:, P:] + num_prefix
-    own, rest = mask.own.to(x.dtype), mask.rest.to(x.dtype)
+    order, own, rest = (
+        _shared(mask.order, lines, parts),
+        _shared(mask.own, lines, parts).to(x.dtype),
+        _shared(mask.rest, lines, parts).to(x.dtype),
+    )
+    anchors, others = order[:, :P], order[:, P:] + num_prefix
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
         prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
         anchors = torch.cat((prefix, anchors + num_prefix), dim=1)
@@ -279,15 +293,11 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
     return kept.baddbmm_(rest.transpose(1, 2), take(x, others))
 
 
-def _shared(mask: Any, lines: int, parts: int) -> Any:
-    """A mask of B ``lines`` lines for B ``parts`` ``lines`` of them: one for all parts of an image."""
+def _shared(t: Tensor, lines: int, parts: int) -> Tensor:
+    """Of B ``lines`` lines, for B ``parts`` ``lines`` of them: one for all parts of an image."""
     if parts == 1:
-        return mask
-    shared = []
-    for t in mask:  # (B L) ... -> B 1 L ... -> (B S L) ...
-        B, rest = t.shape[0] // lines, t.shape[1:]
-        shared.append(t.reshape(B, 1, lines, *rest).expand(B, parts, lines, *rest).reshape(B * parts * lines, *rest))
-    return type(mask)(*shared)
+        return t
+    return torch.stack([t.unflatten(0, (-1, lines))] * parts, dim=1).flatten(0, 2)  # (B L) ... -> (B S L) ...
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:

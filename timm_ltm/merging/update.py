@@ -14,6 +14,8 @@ with phi_ia = softmax_a(-|x_i - C_a|^2 / T). At inference there is no y: w is it
 implies, w_ia = sum_a' phi_ia' R[a', a] with R[a', a] = sum_y p(y | a') log Q(a | y), fixed between refreshes.
 
 One letter per axis: B batch, A clusters, K classes, F features of what is clustered, N tokens, P slots, d width.
+
+TorchScript compiles the functions of tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ __all__ = [
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision tensors in float32, others as they are: distances and sharp softmaxes need it."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -47,7 +49,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
-def assign(x: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
+def assign(x: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
     """phi: soft assignment of features to clusters (Section 3.2).
 
     phi_a = exp(-|x - C_a|^2 / T) / sum_a exp(-|x - C_a|^2 / T), in log space; |x|^2 cancels.
@@ -55,7 +57,7 @@ def assign(x: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
     Args:
         x: (..., F) features.
         centroids: C (A, F).
-        temperature: T.
+        temperature: T, a scalar.
 
     Returns:
         (..., A), rows sum to 1.
@@ -126,15 +128,15 @@ def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[
     return weights.transpose(1, 2) @ x, weights
 
 
-def mask_update(mlp: Tensor, slot_direction: Tensor, step: Tensor | float) -> Tensor:
+def mask_update(mlp: Tensor, slot_direction: Tensor, step: Tensor) -> Tensor:
     """Eq. 3 for one image: (2 eta / T) MLP(Z) dir^T.
 
     Args:
         mlp: MLP(Z) (B, N, d).
         slot_direction: dir of each slot (B, P, d).
-        step: 2 eta / T.
+        step: 2 eta / T, a scalar.
 
     Returns:
         What is added to G^(l-1) (B, N, P).
     """
-    return step * (mlp @ slot_direction.transpose(1, 2))
+    return mlp @ (step * slot_direction).transpose(1, 2)

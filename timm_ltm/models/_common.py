@@ -1,8 +1,10 @@
-"""What the LTM models of every timm family share: the settings, the switch, and the epochs of warm-up."""
+"""What the LTM models of every timm family share: the settings, the switch, and the epochs of warm-up.
 
-from __future__ import annotations
+torch.fx reads the annotations of forward passes, hence none of them postponed.
+"""
 
 import dataclasses
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,19 +13,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, to_2tuple
+from timm.layers import get_notrace_functions, get_notrace_modules, register_notrace_module, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from timm_ltm.merging import MergeConfig, MergeState, TokenMerger
 from timm_ltm.merging.config import PRESETS
 
-__all__ = ["LTMModel", "MergeMasks", "fit_classes", "mean_keys", "resized", "run_block", "split_ltm_kwargs"]
+__all__ = [
+    "LTMModel",
+    "MergeMasks",
+    "fit_classes",
+    "mean_keys",
+    "plain_forward",
+    "resized",
+    "run_block",
+    "split_ltm_kwargs",
+    "to_map",
+]
 
 register_notrace_module(TokenMerger)  # a leaf of FX graphs: its shapes are counted, not traced
 
 _LTM_ARGUMENTS = ("preset", *(field.name for field in dataclasses.fields(MergeConfig)))
-_on_created: list[Callable[[LTMModel], None]] = []  # training.py asks to be told of models to attach to
+_on_created: list[Callable[["LTMModel"], None]] = []  # training.py asks to be told of models to attach to
 _on_loaded: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod] = weakref.WeakKeyDictionary()
 _on_mode: weakref.WeakKeyDictionary[nn.Module, Callable[[bool], None]] = weakref.WeakKeyDictionary()
 
@@ -54,7 +66,7 @@ def split_ltm_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return ltm, {name: value for name, value in kwargs.items() if name not in ltm}
 
 
-def _fill_in(model: LTMModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _fill_in(model: "LTMModel", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading: a plain timm checkpoint gets the model's own values for what LTM adds, and so loads strictly."""
     if model.num_classes < 2:
         for name, merger in model.mergers():
@@ -68,14 +80,14 @@ def _fill_in(model: LTMModel, state_dict: dict[str, Any], prefix: str, *_: Any) 
             state_dict.setdefault(name, value)
 
 
-def _read_epoch_after_loading(model: LTMModel, _: Any) -> None:
+def _read_epoch_after_loading(model: "LTMModel", _: Any) -> None:
     model._read_epoch()
     callback = _on_loaded[model]() if model in _on_loaded else None
     if callback is not None:
         callback()
 
 
-def fit_classes(state_dict: dict[str, Any], model: LTMModel) -> dict[str, Any]:
+def fit_classes(state_dict: dict[str, Any], model: "LTMModel") -> dict[str, Any]:
     """Pretrained weights for another number of classes: what is tied to it starts anew, as timm's head does."""
     if model.num_classes < 2 and not model.merge_config.num_clusters:
         return state_dict  # nothing to be tied to: the clusters are the checkpoint's
@@ -97,12 +109,27 @@ def mean_keys(x: Tensor, qkv: nn.Module, layout: tuple[int, int]) -> Tensor:
         qkv: A linear layer or 1 x 1 convolution that projects to queries, keys and values.
         layout: Its outputs' outer axes: (3, heads), or (heads, 3).
     """
-    key = (1,) if layout[0] == 3 else (slice(None), 1)
+    # detach: torch.fx does not record no_grad
+    weight, bias = qkv.weight.detach().reshape(*layout, -1, qkv.weight.shape[1]), None
+    weight = weight.select(layout.index(3), 1).mean(dim=0)
+    if qkv.bias is not None:
+        bias = qkv.bias.detach().reshape(*layout, -1).select(layout.index(3), 1).mean(dim=0)
+    return F.linear(x.detach(), weight, bias)
 
-    def mean(t: Tensor) -> Tensor:  # detach: torch.fx does not record no_grad
-        return t.detach().reshape(*layout, t.shape[0] // (layout[0] * layout[1]), *t.shape[1:])[key].mean(dim=0)
 
-    return F.linear(x.detach(), mean(qkv.weight.flatten(1)), mean(qkv.bias) if qkv.bias is not None else None)
+def to_map(x: Tensor, state: MergeState) -> Tensor:
+    """(B, P, D) -> (B, H', W', D), the tokens of a map as one."""
+    grid = state.grid
+    assert grid is not None
+    return x.reshape(-1, grid[0], grid[1], x.shape[2])
+
+
+def plain_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """``cls.forward`` as a method ``plain_forward`` of a subclass: TorchScript has no super(), and goes by names."""
+    fn = cls.forward
+    copy = types.FunctionType(fn.__code__, fn.__globals__, "plain_forward", fn.__defaults__, fn.__closure__)
+    copy.__annotations__ = fn.__annotations__
+    return copy
 
 
 def resized(now: tuple[Any, ...], *sizes: Any) -> tuple[Any, ...]:
@@ -133,20 +160,14 @@ def run_block(
     return x, MergeState(size, cells, kept[0], carried, kept[1])
 
 
-class _Traced(nn.Module):
-    """A trace that tells when it is given images of another size than it was made with."""
+class _Tracer(torch.fx.Tracer):
+    """timm's rules of what torch.fx looks into."""
 
-    def __init__(self, trace: torch.jit.ScriptModule, size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.trace, self.height, self.width = trace, size[1], size[2]
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] != self.height or x.shape[3] != self.width:
-            raise ValueError(
-                f"got images of {x.shape[2]} x {x.shape[3]}, expected {self.height} x {self.width}: "
-                "a scripted LTM model has one size. Script one that was created with this img_size."
-            )
-        return self.trace(x)
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, tuple(get_notrace_modules())) or super().is_leaf_module(m, module_qualified_name)
 
 
 class LTMModel(nn.Module):
@@ -223,7 +244,7 @@ class LTMModel(nn.Module):
             merger.collecting = enable and merger.updates
             merger.features = merger.labels = None
 
-    def train(self, mode: bool = True) -> LTMModel:
+    def train(self, mode: bool = True) -> "LTMModel":
         self._read_epoch()  # an EMA copy's buffers change behind its back
         callback = _on_mode.get(self)
         if callback is not None:
@@ -279,16 +300,8 @@ class LTMModel(nn.Module):
             merger.reset_classes(num_classes)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead of this model: a trace of it, in its mode, at its input size.
-
-        Anchors and masks have no form in TorchScript's language. A trace takes batches of any size, but images of one.
-        """
-        size = (self.in_chans, *self.image_size)
-        parameter = next(self.parameters())
-        example = torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, of shapes that are constants
-            return _Traced(torch.jit.trace(self, example, check_trace=False), size)
+        """What ``torch.jit.script`` compiles instead: the FX graph of this model in its mode, merging as it is now."""
+        return torch.fx.GraphModule(self, _Tracer().trace(self), type(self).__name__)
 
     def _check_not_tied(self, now: Any, new: Any) -> None:
         """Before another input size is set."""

@@ -1,7 +1,5 @@
 """What the LTM models share whose tokens are a map: Swin, MobileViT, EfficientViT."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +19,7 @@ def adopt(cls: type[T], module: nn.Module, **attributes: Any) -> T:
     assert issubclass(cls, type(module))
     adopted = cls.__new__(cls)
     adopted.__dict__.update(module.__dict__)
+    adopted._modules = module._modules.copy()
     for name, value in attributes.items():
         setattr(adopted, name, value)
     return adopted

@@ -3,23 +3,25 @@
 'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's EfficientViT.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
+import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features_fx import register_notrace_module
 from timm.models.efficientvit_mit import EfficientVit, EfficientVitBlock, EfficientVitStage
 from torch import Tensor
 
 from timm_ltm.merging import MergeState, TokenMerger, initial_state, slots_of
-from timm_ltm.models._common import fit_classes, mean_keys
+from timm_ltm.models._common import fit_classes, mean_keys, to_map
 from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, map_settings, real_reduction
 
 __all__ = ["LTMEfficientVit", "LTMEfficientVitBlock"]
+
+
+torch.fx.wrap("initial_state")  # they make tensors from shapes
+torch.fx.wrap("to_map")
 
 
 def _to_tokens(x: Tensor) -> Tensor:
@@ -49,15 +51,13 @@ class LTMEfficientVitBlock(EfficientVitBlock):
         z, tokens = self.context_module(x), _to_tokens(x)
         keys = self._mean_keys(tokens) if self.merger.needs_keys else None
         merged, state = self.merger(_to_tokens(z), state, 0, keys, tokens, observe)
-        z = z if observe else merged.transpose(1, 2).reshape(-1, merged.shape[2], *state.grid)  # B P D -> B D H' W'
-        return self.local_module(z), state
+        return self.local_module(z if observe else to_map(merged, state).permute(0, 3, 1, 2)), state
 
     def _mean_keys(self, tokens: Tensor) -> Tensor:
         attn = self.context_module.main
         return mean_keys(tokens, attn.qkv.conv, (attn.qkv.conv.out_channels // (3 * attn.dim), 3))
 
 
-@register_notrace_module
 class LTMEfficientVitStage(LTMStage, EfficientVitStage):
     """timm's stage, that hands a state from block to block."""
 

@@ -3,8 +3,6 @@
 'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's MobileViT.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -15,12 +13,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features_fx import register_notrace_module
 from timm.models.byobnet import ByobNet
 from timm.models.mobilevit import MobileVitBlock, model_cfgs
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_ltm.merging import TokenMerger, initial_state, merge, slots_of
-from timm_ltm.models._common import fit_classes, run_block
+from timm_ltm.merging.merge import Mask
+from timm_ltm.models._common import fit_classes, plain_forward, run_block
 from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, input_size_of, map_settings, real_reduction
-from timm_ltm.models.ltm_vit import LTMAttention, LTMBlock
+from timm_ltm.models.ltm_vit import LTMAttention, LTMBlock, ScriptedAttention, ScriptedBlock
 
 __all__ = ["LTMMobileVit", "LTMMobileVitBlock"]
 
@@ -32,44 +31,59 @@ class LTMMobileVitBlock(LTMStage, MobileVitBlock):
     All pixels of a patch are merged alike, and so is the shortcut that is concatenated at the end.
     """
 
+    plain_forward = plain_forward(MobileVitBlock)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
-            return super().forward(x)
+            return self.plain_forward(x)
         shortcut = x
         x = self.conv_1x1(self.conv_kxk(x))
-        height, width = x.shape[-2:]
+        height, width = x.shape[2], x.shape[3]
         h, w = self.patch_size
-        grid = H, W = math.ceil(height / h), math.ceil(width / w)
-        divisible = (H * h, W * w) == (height, width)
+        H, W = math.ceil(height / h), math.ceil(width / w)
+        grid, divisible = (H, W), (H * h, W * w) == (height, width)
         if not divisible:
             x = _resize(x, (H * h, W * w))
         x = self._unfold(x, grid)
         state = initial_state(x, 0, grid, self.cluster_grid, stays_map=True, parts=self.patch_area)
-        masks = []
+        masks: list[Mask] = []
         for block in self.transformer:
-            x, state = run_block(block, x, state, observe=self.observes)
-            if block.merger is not None and not self.observes:
-                masks.append(state.mask)
-        x = self._fold(self.norm(x), state.grid)
-        if state.grid != grid:
+            if torch.jit.is_scripting():
+                x, state = block.merged(x, state)
+            else:
+                x, state = run_block(block, x, state, observe=self.observes)
+            mask = state.mask
+            if block.merger is not None and mask is not None:
+                masks.append(mask)
+        after = state.grid
+        assert after is not None
+        x = self._fold(self.norm(x), after)
+        if after != grid:
             shortcut = self._unfold(shortcut if divisible else _resize(shortcut, (H * h, W * w)), grid)
             for mask in masks:
                 shortcut = merge(shortcut, mask, parts=self.patch_area)
-            shortcut = self._fold(shortcut, state.grid)
+            shortcut = self._fold(shortcut, after)
         elif not divisible:
             x = _resize(x, (height, width))
         x = self.conv_proj(x)
         return x if self.conv_fusion is None else self.conv_fusion(torch.cat((shortcut, x), dim=1))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """With blocks and attention as TorchScript reads them."""
+        blocks = [adopt(ScriptedBlock, block, attn=adopt(ScriptedAttention, block.attn)) for block in self.transformer]
+        return adopt(type(self), self, transformer=nn.Sequential(*blocks))
+
     def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, H h, W w) -> (B h w, H W, D)."""
-        (H, W), (h, w) = grid, self.patch_size
+        H, W = grid
+        h, w = self.patch_size
         x = x.reshape(-1, x.shape[1], H, h, W, w).permute(0, 3, 5, 2, 4, 1)  # B D H h W w -> B h w H W D
         return x.reshape(-1, H * W, x.shape[5])
 
     def _fold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B h w, H W, D) -> (B, D, H h, W w)."""
-        (H, W), (h, w) = grid, self.patch_size
+        H, W = grid
+        h, w = self.patch_size
         x = x.reshape(-1, h, w, H, W, x.shape[2]).permute(0, 5, 3, 1, 4, 2)  # B h w H W D -> B D H h W w
         return x.reshape(-1, x.shape[1], H * h, W * w)
 

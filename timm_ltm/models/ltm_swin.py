@@ -3,11 +3,10 @@
 'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's Swin Transformer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,7 +17,6 @@ from timm.models.swin_transformer import (
     SwinTransformerStage,
     WindowAttention,
     checkpoint_filter_fn,
-    get_relative_position_index,
     window_partition,
     window_reverse,
 )
@@ -26,10 +24,14 @@ from torch import Tensor
 
 from timm_ltm.merging import MergeState, TokenMerger, initial_state, slots_of
 from timm_ltm.merging.update import at_least_float32
-from timm_ltm.models._common import fit_classes, mean_keys, resized, run_block
+from timm_ltm.models._common import fit_classes, mean_keys, plain_forward, resized, run_block, to_map
 from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, map_settings, real_reduction
 
 __all__ = ["LTMSwinBlock", "LTMSwinTransformer"]
+
+
+torch.fx.wrap("initial_state")  # they make tensors from shapes
+torch.fx.wrap("to_map")
 
 
 def fit_window(length: int, window: int) -> int:
@@ -39,7 +41,12 @@ def fit_window(length: int, window: int) -> int:
     """
     if length <= window:
         return length
-    return min(range(window - window // 4, window + 2), key=lambda w: (-length % w, abs(w - window), w))
+    best, least = window, length
+    for w in range(window - window // 4, window + 2):
+        padding = -length % w
+        if padding < least or (padding == least and abs(w - window) < abs(best - window)):
+            best, least = w, padding
+    return best
 
 
 def shift_mask(
@@ -50,28 +57,62 @@ def shift_mask(
     timm's mask puts the seam of a map that is padded after the shift where the padded one would have it, and so lets
     opposite edges see each other; here it lies where it is, and padding is seen by no token.
     """
-    regions = []
-    for n, whole, s in zip(length, padded, shift, strict=True):
-        line = torch.arange(whole, device=x.device)
-        regions.append((line >= n - s).to(x.dtype) + (line >= n).to(x.dtype))
-    region = 3 * regions[0].unsqueeze(1) + regions[1]  # H W
-    region = window_partition(region.view(1, *padded, 1), window).flatten(1)  # windows area
+    rows = _regions(length[0], padded[0], shift[0], x).unsqueeze(1)
+    region = 3 * rows + _regions(length[1], padded[1], shift[1], x)  # H W
+    region = window_partition(region.view(1, padded[0], padded[1], 1), window).flatten(1)  # windows area
     return (region.unsqueeze(1) != region.unsqueeze(2)).to(x.dtype) * -100.0
 
 
-class LTMWindowAttention(WindowAttention):
-    """timm's window attention, for windows of any size: a forward of its own, because timm's knows one bias table."""
+def _regions(n: int, padded: int, shift: int, x: Tensor) -> Tensor:
+    """(padded,) of a line of n tokens: 0 what stays, 1 what is shifted around, 2 padding."""
+    line = torch.arange(padded, device=x.device)
+    return (line >= n - shift).to(x.dtype) + (line >= n).to(x.dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, window: tuple[int, int] | None = None) -> Tensor:
-        """timm's forward; with ``window`` (h, w) other than timm's, x is (B windows, h w, D)."""
-        if window is None or window == self.window_size:
-            return super().forward(x, mask)
+
+@register_notrace_module
+class LTMWindowAttention(WindowAttention):
+    """timm's window attention, that also takes maps of any size, in windows that fit them.
+
+    Attributes:
+        fits: Windows of other sizes than timm's may be taken.
+        shifts: Windows are shifted, where there are several.
+    """
+
+    fits: bool = True
+    shifts: bool = False
+    plain_forward = plain_forward(WindowAttention)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """timm's forward of windows x (B windows, N, D); of a map x (B, H, W, D), in windows that fit it."""
+        if x.ndim == 3:
+            return self.plain_forward(x, mask)
+        H, W = x.shape[1], x.shape[2]
+        window = self.window_size
+        if self.fits:
+            window = fit_window(H, window[0]), fit_window(W, window[1])
+        down = window[0] // 2 if self.shifts and (window[0] < H or not self.fits) else 0
+        right = window[1] // 2 if self.shifts and (window[1] < W or not self.fits) else 0
+        if down + right > 0:
+            x = x.roll((-down, -right), dims=(1, 2))
+        x = F.pad(x, (0, 0, 0, -W % window[1], 0, -H % window[0]))
+        H_, W_ = x.shape[1], x.shape[2]
+        if down + right > 0:
+            mask = shift_mask((H, W), (H_, W_), window, (down, right), x)
+        windows = window_partition(x, window).flatten(1, 2)  # B H W D -> (B windows) N D
+        windows = self._of_windows(windows, mask, window).reshape(-1, window[0], window[1], x.shape[3])
+        x = window_reverse(windows, window, H_, W_)[:, :H, :W]
+        return x.roll((down, right), dims=(1, 2)) if down + right > 0 else x
+
+    def _of_windows(self, x: Tensor, mask: Tensor | None, window: tuple[int, int]) -> Tensor:
+        """timm's forward with one more argument: its table of position biases is for one size of windows."""
+        if window == self.window_size:
+            return self.plain_forward(x, mask)
         qkv = self.qkv(x).reshape(-1, x.shape[1], 3, self.num_heads, self.qkv.out_features // (3 * self.num_heads))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # 3 (B windows) heads N K
         q, k, v = qkv.unbind(0)
         bias = self._bias_of(window)
         if mask is not None:  # (B windows) heads N K -> B windows heads N K
-            q, k, v = (t.reshape(-1, mask.shape[0], *t.shape[1:]) for t in (q, k, v))
+            q, k, v = q.unflatten(0, (-1, len(mask))), k.unflatten(0, (-1, len(mask))), v.unflatten(0, (-1, len(mask)))
             bias = bias + mask.unsqueeze(1)
         bias = bias.to(q.dtype)
         if self.fused_attn:
@@ -79,16 +120,19 @@ class LTMWindowAttention(WindowAttention):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
         else:
             y = self.attn_drop((q * self.scale @ k.transpose(-2, -1) + bias).softmax(dim=-1)) @ v
-        y = y.flatten(0, -4) if mask is not None else y
+        y = y.flatten(0, 1) if mask is not None else y
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
     def _bias_of(self, window: tuple[int, int]) -> Tensor:
         """The relative position bias (1, heads, N, N), resized as timm's ``resize_rel_pos_bias_table_simple`` does."""
-        (h, w), (H, W) = window, self.window_size
+        h, w = window
+        H, W = self.window_size
         table = at_least_float32(self.relative_position_bias_table).t().unflatten(1, (2 * H - 1, 2 * W - 1))
         table = F.interpolate(table.unsqueeze(0), size=(2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=False)
-        index = get_relative_position_index(h, w, device=table.device)
-        return table.flatten(2)[:, :, index.flatten()].unflatten(2, (h * w, h * w))
+        down, right = torch.arange(h, device=table.device), torch.arange(w, device=table.device)
+        down, right = down.unsqueeze(1) - down + h - 1, right.unsqueeze(1) - right + w - 1  # h h, w w: differences
+        index = (down.view(h, 1, h, 1) * (2 * w - 1) + right.view(w, 1, w)).flatten()  # h w h w -> (h w h w)
+        return table.flatten(2)[:, :, index].unflatten(2, (h * w, h * w))
 
 
 class LTMSwinBlock(SwinTransformerBlock):
@@ -112,34 +156,20 @@ class LTMSwinBlock(SwinTransformerBlock):
         if state is None:
             return super().forward(x)
         h = self.norm1(x)
-        attended = self._fitted_attn(h) if self.behind_merger and not observe else self._attn(h)
+        attended = self.attn(h) if self.behind_merger and not observe else self._attn(h)
         z = (x + self.drop_path1(attended)).flatten(1, 2)  # B H W D -> B (H W) D
         if self.merger is not None:
             z, state = self.merger(
                 z, state, 0, mean_keys(h.flatten(1, 2), self.attn.qkv, (3, self.attn.num_heads)), None, observe
             )
         z = z + self.drop_path2(self.mlp(self.norm2(z)))
-        return z.reshape(-1, *state.grid, z.shape[2]), state  # B (H' W') D -> B H' W' D
+        return to_map(z, state), state
 
-    def _fitted_attn(self, x: Tensor) -> Tensor:
-        """timm's ``_attn`` in windows that fit the map (B, H, W, D)."""
-        H, W = x.shape[1:3]
-        window, shift = self.window_size, self.shift_size
-        if not self.always_partition:
-            window = fit_window(H, window[0]), fit_window(W, window[1])
-            shifts = any(self.target_shift_size)
-            shift = tuple(w // 2 if shifts and w < n else 0 for n, w in zip((H, W), window, strict=True))
-        x = x.roll((-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else x
-        x = F.pad(x, (0, 0, 0, -W % window[1], 0, -H % window[0]))
-        H_, W_ = x.shape[1:3]
-        mask = shift_mask((H, W), (H_, W_), window, shift, x) if any(shift) else None
-        windows = window_partition(x, window).flatten(1, 2)  # B H W D -> (B windows) N D
-        windows = self.attn(windows, mask, window).reshape(-1, *window, x.shape[3])
-        x = window_reverse(windows, window, H_, W_)[:, :H, :W]
-        return x.roll(shift, dims=(1, 2)) if any(shift) else x
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        self.attn.fits = not self.always_partition
 
 
-@register_notrace_module
 class LTMSwinStage(LTMStage, SwinTransformerStage):
     """timm's stage, that hands a state from block to block."""
 
@@ -191,7 +221,8 @@ class LTMSwinTransformer(LTMMapModel, SwinTransformer):
             first = True
             for j, (ratio, grid) in enumerate(blocks):
                 stage.blocks[j] = block = adopt(LTMSwinBlock, stage.blocks[j], merger=None, behind_merger=behind)
-                block.attn = adopt(LTMWindowAttention, block.attn)
+                fits, shifts = not block.always_partition, any(block.target_shift_size)
+                block.attn = adopt(LTMWindowAttention, block.attn, fits=fits, shifts=shifts)
                 if ratio < 1:
                     block.merger = TokenMerger(block.dim, grid, ratio, config, self.num_classes, first=first, **dd)
                     first, behind = False, behind or slots_of(grid, ratio) != grid

@@ -3,15 +3,13 @@
 'Efficient Visual Transformer by Learnable Token Merging', Wang & Yang, TPAMI 2025, on timm's Vision Transformer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import Attention, PatchDropout, register_notrace_function
+from timm.layers import Attention, PatchDropout
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -20,7 +18,15 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor
 
 from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of, unmerge
-from timm_ltm.models._common import LTMModel, fit_classes, mean_keys, resized, run_block, split_ltm_kwargs
+from timm_ltm.models._common import (
+    LTMModel,
+    fit_classes,
+    mean_keys,
+    plain_forward,
+    resized,
+    run_block,
+    split_ltm_kwargs,
+)
 
 __all__ = ["LTMAttention", "LTMBlock", "LTMVisionTransformer", "LTMVisionTransformerDistilled"]
 
@@ -29,7 +35,6 @@ torch.fx.wrap("initial_state")  # makes tensors from shapes
 
 
 @torch.fx.wrap  # FX's placeholders are not masks
-@register_notrace_function
 def _no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError(
@@ -45,8 +50,10 @@ class LTMAttention(Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_keys: bool = False
     ) -> Any:
         """timm's forward; with ``return_keys`` also the mean over heads of the keys (B, N, K), without gradient."""
-        if not return_keys:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.with_keys(x) if return_keys else super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (B, N, D) and the mean over heads of the keys (B, N, K), without gradient."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 B heads N K
         q, k, v = qkv.unbind(0)
@@ -63,6 +70,8 @@ class LTMAttention(Attention):
 
 class LTMBlock(Block):
     """timm's block, with tokens merged between attention and MLP where it has a ``merger``."""
+
+    plain_forward = plain_forward(Block)
 
     def __init__(self, *args: Any, attn_layer: Any = Attention, **kwargs: Any) -> None:
         attn_layer = LTMAttention if attn_layer in (Attention, "", "attn") else attn_layer
@@ -85,20 +94,27 @@ class LTMBlock(Block):
             state: Of these tokens.
             observe: Merge nothing, only show the features to the clusters' refresh.
         """
-        if state is None or self.merger is None:
-            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return x if state is None else (x, state)
+        if state is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.merged(x, state, observe)
+
+    def merged(self, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
+        """:meth:`forward` with a state."""
+        merger = self.merger
+        if merger is None:
+            return self.plain_forward(x, None, False), state
         h = self.norm1(x)
-        keys = None
-        if not self.merger.needs_keys:
+        keys: Tensor | None = None
+        if torch.jit.is_scripting():
+            attended, keys = self.attn.with_keys(h)
+        elif not merger.needs_keys:
             attended = self.attn(h)
         elif isinstance(self.attn, LTMAttention):
             attended, keys = self.attn(h, return_keys=True)
         else:
             attended, keys = self.attn(h), self._mean_keys(h)
         z = x + self.drop_path1(self.ls1(attended))
-        inputs = x if self.merger.starts_mask else None
-        z, state = self.merger(z, state, self.num_prefix_tokens, keys, inputs, observe)
+        z, state = merger(z, state, self.num_prefix_tokens, keys, x, observe)
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
 
     def _mean_keys(self, h: Tensor) -> Tensor:
@@ -109,6 +125,18 @@ class LTMBlock(Block):
                 "anchors are compared by. Use timm's Attention, or a first mask that needs no keys."
             )
         return mean_keys(h, self.attn.qkv, (3, self.attn.qkv.out_features // (3 * self.attn.head_dim)))
+
+
+class ScriptedAttention(LTMAttention):
+    """As TorchScript reads it: its methods have one return type, and no super()."""
+
+    forward = Attention.forward
+
+
+class ScriptedBlock(LTMBlock):
+    """As TorchScript reads it: its methods have one return type, and no super()."""
+
+    forward = Block.forward
 
 
 class LTMVisionTransformer(LTMModel, VisionTransformer):
