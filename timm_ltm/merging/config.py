@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = dict(
     cluster_dim=0,  # Section 3.2: clusters of the merged tokens themselves, d = D
     cluster_grid=0,  # Section 3.2: clusters in R^{P x D}, one cell per slot
     labels="true",  # Eq. 3: psi_ia needs y_i
+    proportional_attention=False,  # Figure 1: attention is the plain model's
     mask_mode="batch",  # Eq. 3: one sum over the minibatch
     temperature=1.0,  # Section 3.2: phi without a temperature
     update_scale="exact",  # Eq. 3: the step 2 eta / T, not normalised
@@ -66,6 +67,8 @@ class MergeConfig:
         map_lines: How an anchored mask merges a map. ``"straight"``: one mask for all rows and one for all columns, so
             that lines of the image stay straight. ``"own"``: each row by a mask of its own, then each column.
             ``"even"``: straight lines whose anchors lie at even spacing.
+        proportional_attention: Attention to a token is in proportion to its size, as in ToMe: blocks behind a merge add
+            log sizes to the logits. For attention of all tokens to all, ViT's and MobileViT's.
         mask_mode: ``"sample"``: one mask per image. ``"batch"``: the batch's mean update, its running mean in eval.
         labels: ``"posterior"``: no labels, the expectation over the posterior that Q implies. ``"true"``: the label in
             training, as in Eq. 3 (the posterior in eval, where there is none).
@@ -96,6 +99,7 @@ class MergeConfig:
     first_mask: str = "anchors"
     carry_mask: bool = False
     map_lines: str = "straight"
+    proportional_attention: bool = True
     mask_mode: str = "sample"
     labels: str = "posterior"
     update: bool = True

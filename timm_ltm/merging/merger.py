@@ -87,7 +87,7 @@ class TokenMerger(MaskModule):
         observe: bool = False,
     ) -> MergeState:
         """The state of merged tokens, with their mask; of these ones, if they are only observed."""
-        if self.tied and not observe:  # in warm-up blocks see more tokens
+        if self.tied and not observe:
             self._check_size(z.shape[1] - num_prefix, state.grid)
         unit: Tensor | None = None
         if self.needs_keys:
@@ -130,7 +130,7 @@ class TokenMerger(MaskModule):
             grid = state.grid
             if grid is None:
                 return self._anchored(state, unit, values, mlp, observe)
-            slots = map_slots(grid, self.ratio)
+            slots = map_slots(self.grid if self.tied else grid, self.ratio)  # in warm-up blocks see more tokens
             update: Tensor | None = None
             if self.updates and values is not None and mlp is not None:
                 of_cells = self._direction(values, state, None)
@@ -157,7 +157,7 @@ class TokenMerger(MaskModule):
         self, state: MergeState, unit: Tensor, values: Tensor | None, mlp: Tensor | None, observe: bool
     ) -> MergeState:
         """A selection plus dense rows for the tokens that lose their slot."""
-        P = num_slots(unit.shape[1], self.ratio)
+        P = num_slots(self.num_tokens if self.tied else unit.shape[1], self.ratio)
         order, unit, similarity = self._anchors(unit, P)
         cells, previous = state.cells, state.carried
         slot_cells: Tensor | None = None

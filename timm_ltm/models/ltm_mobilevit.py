@@ -137,7 +137,10 @@ class LTMMobileVit(LTMMapModel, ByobNet):
         patches = start = tuple(math.ceil(n / p) for n, p in zip(grid, block.patch_size, strict=True))
         first = True
         for i, ratio in enumerate(ratios):
-            layer = adopt(LTMBlock, block.transformer[i], merger=None, num_prefix_tokens=0)
+            weighs = self.merge_config.proportional_attention and not first
+            layer = adopt(
+                LTMBlock, block.transformer[i], merger=None, num_prefix_tokens=0, parts=block.patch_area, weighs=weighs
+            )
             layer.attn = adopt(LTMAttention, layer.attn)
             block.transformer[i] = layer
             if ratio < 1:

@@ -9,13 +9,14 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import Attention, PatchDropout
+from timm.layers import Attention, PatchDropout, maybe_add_mask
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+from torch.jit import Final
 
 from timm_ltm.merging import MergeConfig, MergeState, TokenMerger, initial_state, slots_of, unmerge
 from timm_ltm.models._common import (
@@ -50,18 +51,20 @@ class LTMAttention(Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_keys: bool = False
     ) -> Any:
         """timm's forward; with ``return_keys`` also the mean over heads of the keys (B, N, K), without gradient."""
-        return self.with_keys(x) if return_keys else super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if return_keys:
+            return self.with_keys(x, attn_mask)
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
-    def with_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def with_keys(self, x: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Output (B, N, D) and the mean over heads of the keys (B, N, K), without gradient."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 B heads N K
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.0)
         else:
-            y = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+            y = self.attn_drop(maybe_add_mask(q * self.scale @ k.transpose(-2, -1), attn_mask).softmax(dim=-1)) @ v
         y = self.norm(y.transpose(1, 2).reshape(B, N, self.attn_dim))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
@@ -69,15 +72,21 @@ class LTMAttention(Attention):
 
 
 class LTMBlock(Block):
-    """timm's block, with tokens merged between attention and MLP where it has a ``merger``."""
+    """timm's block, with tokens merged between attention and MLP where it has a ``merger``.
 
+    Attributes:
+        weighs: Attention is proportional to the sizes of tokens, which blocks before have merged.
+        parts: As the merger's.
+    """
+
+    weighs: Final[bool]
     plain_forward = plain_forward(Block)
 
     def __init__(self, *args: Any, attn_layer: Any = Attention, **kwargs: Any) -> None:
         attn_layer = LTMAttention if attn_layer in (Attention, "", "attn") else attn_layer
         super().__init__(*args, attn_layer=attn_layer, **kwargs)
         self.merger: TokenMerger | None = None
-        self.num_prefix_tokens = 0
+        self.num_prefix_tokens, self.parts, self.weighs = 0, 1, False
 
     def forward(
         self,
@@ -101,21 +110,29 @@ class LTMBlock(Block):
     def merged(self, x: Tensor, state: MergeState, observe: bool = False) -> tuple[Tensor, MergeState]:
         """:meth:`forward` with a state."""
         merger = self.merger
+        mask: Tensor | None = None
+        if self.weighs and not observe:
+            mask = self._log_sizes(x, state)
         if merger is None:
-            return self.plain_forward(x, None, False), state
+            return self.plain_forward(x, mask, False), state
         h = self.norm1(x)
         keys: Tensor | None = None
         if torch.jit.is_scripting():
-            attended, keys = self.attn.with_keys(h)
+            attended, keys = self.attn.with_keys(h, mask)
         elif not merger.needs_keys:
-            attended = self.attn(h)
+            attended = self.attn(h, attn_mask=mask)
         elif isinstance(self.attn, LTMAttention):
-            attended, keys = self.attn(h, return_keys=True)
+            attended, keys = self.attn(h, attn_mask=mask, return_keys=True)
         else:
-            attended, keys = self.attn(h), self._mean_keys(h)
+            attended, keys = self.attn(h, attn_mask=mask), self._mean_keys(h)
         z = x + self.drop_path1(self.ls1(attended))
         z, state = merger(z, state, self.num_prefix_tokens, keys, x, observe)
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
+
+    def _log_sizes(self, x: Tensor, state: MergeState) -> Tensor:
+        """(B, 1, 1, prefix + N): a token of size s attracts attention like s equal ones (Bolya et al., ICLR 2023)."""
+        mask = F.pad(state.size.log(), (self.num_prefix_tokens, 0)).to(x.dtype)
+        return mask.repeat_interleave(self.parts, dim=0).unsqueeze(1).unsqueeze(1)
 
     def _mean_keys(self, h: Tensor) -> Tensor:
         """For attention of another kind: keys averaged over heads (B, N, K) by one product with the mean weights."""
@@ -170,6 +187,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         self.block_ratios = self.merge_config.ratios_for([len(self.blocks)])
         for block, ratio in zip(self.blocks, self.block_ratios, strict=True):
             block.num_prefix_tokens = self.num_prefix_tokens
+            block.weighs = self.merge_config.proportional_attention and not first
             if ratio < 1:
                 block.merger = TokenMerger(
                     self.embed_dim, tokens, ratio, self.merge_config, self.num_classes, first=first, **dd
