@@ -13,7 +13,7 @@ from torch.jit import Final
 
 from timm_ltm.merging.clusters import Clusters
 from timm_ltm.merging.config import MergeConfig, num_slots
-from timm_ltm.merging.merge import Mask
+from timm_ltm.merging.merge import Mask, fixed
 from timm_ltm.merging.update import at_least_float32, pool_slots
 
 __all__ = ["MaskModule", "MergeState", "count", "grid_cells", "initial_state", "map_slots", "slots_of"]
@@ -63,7 +63,8 @@ def initial_state(
         stays_map: Whether merged tokens are to be a map again.
         parts: Rows of ``x`` in a row that are of one image and merged alike (the pixels of MobileViT's patches).
     """
-    B, N = x.shape[0] // parts, x.shape[1] - num_prefix
+    grid = fixed(grid[0]), fixed(grid[1])
+    B, N = x.shape[0] // parts, fixed(x.shape[1]) - num_prefix
     size = at_least_float32(x.new_ones(B, N))
     of_map = grid if stays_map else None
     if not cells:
@@ -208,7 +209,9 @@ class MaskModule(nn.Module):
 
     def _of_image(self, x: Tensor) -> Tensor:
         """(B parts, N, D) -> (B, N, D): the mean of what is merged alike."""
-        return x if self.parts == 1 else x.reshape(-1, self.parts, x.shape[1], x.shape[2]).mean(dim=1)
+        if self.parts == 1:
+            return x
+        return x.reshape(-1, self.parts, fixed(x.shape[1]), fixed(x.shape[2])).mean(dim=1)
 
     def _values(self, z: Tensor, num_prefix: int = 0) -> tuple[Tensor | None, Tensor | None]:
         """What is clustered and MLP(Z), (B, N, d) each; nothing without an update.
@@ -241,13 +244,13 @@ class MaskModule(nn.Module):
         assert pooled is not None, "one cell per slot needs merged features"
         flat = pooled.flatten(1)  # B (c d)
         if torch.jit.is_scripting():
-            return self.clusters(flat, None).view_as(pooled)
+            return self.clusters(flat, None).reshape(pooled.shape)
         if self.training and self.collecting:
             self.features = flat if self.config.ib_loss_weight else flat.detach()
         labels = self.labels if self.training else None
         if labels is not None and labels.shape[0] != flat.shape[0]:
             raise ValueError(f"labels: got {labels.shape[0]} for a batch of {flat.shape[0]}. Give one label per image.")
-        return self.clusters(flat, labels).view_as(pooled)
+        return self.clusters(flat, labels).reshape(-1, fixed(pooled.shape[1]), fixed(pooled.shape[2]))
 
     def _step(self) -> Tensor:
         """2 eta / T of Eq. 3, or eta where R has the rest in it."""

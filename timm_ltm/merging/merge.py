@@ -20,6 +20,7 @@ __all__ = [
     "anchored_mask",
     "dense_mask",
     "even_columns",
+    "fixed",
     "merge",
     "order_by_redundancy",
     "order_evenly",
@@ -121,35 +122,41 @@ class GridMask(NamedTuple):
 Mask = Union[AnchoredMask, DenseMask, GridMask]
 
 
+def fixed(size: int) -> int:
+    """A size that is not the batch's as a constant of traces, which then compute no shapes."""
+    if torch.jit.is_scripting():
+        return size
+    return int(size) if torch.jit.is_tracing() else size
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, K) of each image of ``x`` (B, N, D): (B, K, D). One flat lookup, far faster than gather."""
-    B, N, D = x.shape
-    flat = index + torch.arange(B, device=x.device).unsqueeze(1) * N
-    return F.embedding(flat, x.reshape(B * N, D))
+    N, D = fixed(x.shape[1]), fixed(x.shape[2])
+    flat = index + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * N
+    return F.embedding(flat, x.reshape(-1, D) if D else x.flatten(0, 1))
 
 
-def redundancy(keys: Tensor, both_halves: bool = True) -> Tensor:
-    """How well another token could stand in for each token.
+def redundancy(keys: Tensor) -> Tensor:
+    """How well another token could stand in for each token: the largest cosine similarity to another one.
 
-    The largest cosine similarity to a token of the other half (even and odd positions, ToMe's bipartition). Odd tokens
-    are ranked below all even ones, so that of two twins only one goes before every even token has gone.
+    Of two tokens that are each other's nearest, the first is ranked below all that are not the first of such a pair: of
+    two twins only one goes. ToMe's bipartition (even tokens go, odd ones stay) compares a quarter of the pairs, and is
+    as good where few tokens go, but not where many do.
 
     Args:
         keys: (B, N, K) unit vectors.
-        both_halves: Whether odd tokens are ranked among each other; False where less than the even half will go.
 
     Returns:
-        (B, N), even entries in [-1, 1], odd entries at most -3.
+        (B, N), in [-1, 1], or below -2 for the first of a pair.
     """
-    B, N, _ = keys.shape
-    even, odd = keys[:, ::2], keys[:, 1::2]
+    N = fixed(keys.shape[1])
     if N < 2:
-        return keys.new_zeros(B, N)
-    similarity = even @ odd.transpose(1, 2)  # B N/2 N/2
-    of_even = similarity.amax(dim=2)
-    of_odd = similarity.amax(dim=1) - 4.0 if both_halves else torch.full_like(odd[..., 0], -4.0)
-    of_odd = F.pad(of_odd, (0, even.shape[1] - odd.shape[1]))
-    return torch.stack((of_even, of_odd), dim=2).reshape(B, -1)[:, :N]  # interleave, B (N/2 2) -> B N
+        return keys.new_zeros(keys.shape[0], N)
+    index = torch.arange(N, device=keys.device)
+    similarity = keys @ keys.transpose(1, 2) - 4.0 * torch.eye(N, dtype=keys.dtype, device=keys.device)  # B N N
+    best, partner = similarity.max(dim=2)
+    first = (partner.gather(1, partner) == index) & (index < partner)
+    return best - 4.0 * first.to(best.dtype)
 
 
 def order_by_redundancy(keys: Tensor, num_slots: int) -> Tensor:
@@ -159,9 +166,7 @@ def order_by_redundancy(keys: Tensor, num_slots: int) -> Tensor:
         keys: (B, N, K) unit vectors.
         num_slots: P.
     """
-    N = keys.shape[1]
-    dropped = N - num_slots
-    ranked = redundancy(keys, both_halves=dropped > (N + 1) // 2).topk(N, dim=1, largest=False).indices
+    ranked = redundancy(keys).topk(fixed(keys.shape[1]), dim=1, largest=False).indices
     anchors = ranked[:, :num_slots].sort(dim=1).values
     return torch.cat((anchors, ranked[:, num_slots:]), dim=1)
 
@@ -198,7 +203,7 @@ def anchored_mask(
     """
     bound = 10.0  # of the update's log weights: e^10 is a slot to itself, and finite in half precision
     floor = -40.0  # of logits below the largest: a sharp softmax leaves denormal numbers, with which CPUs crawl
-    P = similarity.shape[2]
+    P = fixed(similarity.shape[2])
     size = size.gather(1, order)
     own, size_rest = size[:, :P], size[:, P:]
     if update_rest is not None:
@@ -259,45 +264,44 @@ def merge(x: Tensor, mask: Mask, num_prefix: int = 0, parts: int = 1) -> Tensor:
 def _merge_map(x: Tensor, mask: GridMask, parts: int) -> Tensor:
     """Rows, then columns."""
     H, W = mask.grid
-    D, rows, columns = x.shape[2], mask.rows, mask.columns
+    D, rows, columns = fixed(x.shape[2]), mask.rows, mask.columns
     if rows is not None:
         lines, repeats = (1, H * parts) if mask.straight else (H, parts)
         x = _merge_lines(x.reshape(-1, W, D), rows, lines, repeats)  # (B H) W D -> (B H) W' D
-        W = x.shape[1]
+        W = fixed(x.shape[1])
     if columns is not None and mask.straight:
         x = _merge_lines(x.reshape(-1, H, W * D), columns, 1, parts)  # B H (W' D) -> B H' (W' D)
-        H = x.shape[1]
+        H = fixed(x.shape[1])
     elif columns is not None:
         x = x.reshape(-1, H, W, D).transpose(1, 2).reshape(-1, H, D)  # B H W' D -> (B W') H D
         x = _merge_lines(x, columns, W, parts)
-        H = x.shape[1]
+        H = fixed(x.shape[1])
         x = x.reshape(-1, W, H, D).transpose(1, 2)  # (B W') H' D -> B H' W' D
     return x.reshape(-1, H * W, D)
 
 
 def _merge_lines(x: Tensor, mask: AnchoredMask, lines: int, parts: int, num_prefix: int = 0) -> Tensor:
     """An anchored mask of (B ``lines``) lines, each shared by ``parts`` of them."""
-    P = mask.own.shape[1]
-    order, own, rest = (
-        _shared(mask.order, lines, parts),
-        _shared(mask.own, lines, parts).to(x.dtype),
-        _shared(mask.rest, lines, parts).to(x.dtype),
-    )
-    anchors, others = order[:, :P], order[:, P:] + num_prefix
+    N, P = fixed(mask.order.shape[1]), fixed(mask.own.shape[1])
+    if P == N:
+        return x
+    order = _shared(mask.order.unsqueeze(2), lines, parts).flatten(1)
+    own, rest = _shared(mask.own.unsqueeze(2), lines, parts).to(x.dtype), _shared(mask.rest, lines, parts).to(x.dtype)
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
         prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
-        anchors = torch.cat((prefix, anchors + num_prefix), dim=1)
-        own, rest = F.pad(own, (num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
-    kept, own = take(x, anchors), own.unsqueeze(2)
-    kept = kept * own if torch.is_grad_enabled() else kept.mul_(own)
-    return kept.baddbmm_(rest.transpose(1, 2), take(x, others))
+        order = torch.cat((prefix, order + num_prefix), dim=1)
+        own, rest = F.pad(own, (0, 0, num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
+    tokens = take(x, order)
+    return (tokens[:, : P + num_prefix] * own).baddbmm_(rest.transpose(1, 2), tokens[:, P + num_prefix :])
 
 
-def _shared(t: Tensor, lines: int, parts: int) -> Tensor:
-    """Of B ``lines`` lines, for B ``parts`` ``lines`` of them: one for all parts of an image."""
+def _shared(x: Tensor, lines: int, parts: int) -> Tensor:
+    """x (B L, N, P) of B ``lines`` lines, for B ``parts`` ``lines`` of them: one for all parts of an image."""
     if parts == 1:
-        return t
-    return torch.stack([t.unflatten(0, (-1, lines))] * parts, dim=1).flatten(0, 2)  # (B L) ... -> (B S L) ...
+        return x
+    N, P = fixed(x.shape[1]), fixed(x.shape[2])
+    x = x.reshape(-1, 1, lines, N, P).expand(-1, parts, -1, -1, -1)  # (B L) N P -> B S L N P
+    return x.reshape(-1, N, P)
 
 
 def unmerge(x: Tensor, destinations: Tensor) -> Tensor:

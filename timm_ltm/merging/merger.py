@@ -17,13 +17,14 @@ from timm_ltm.merging.merge import (
     anchored_mask,
     dense_mask,
     even_columns,
+    fixed,
     merge,
     order_by_redundancy,
     order_evenly,
     take,
     take_columns,
 )
-from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast
+from timm_ltm.merging.update import at_least_float32, mask_update, no_autocast, one_hot
 
 __all__ = ["TokenMerger"]
 
@@ -92,7 +93,8 @@ class TokenMerger(MaskModule):
         unit: Tensor | None = None
         if self.needs_keys:
             assert keys is not None, "anchors are compared by attention keys"
-            unit = F.normalize(at_least_float32(self._of_image(keys)[:, num_prefix:]), dim=2)
+            unit = at_least_float32(self._of_image(keys)[:, num_prefix:])
+            unit = unit / torch.linalg.vector_norm(unit, dim=2, keepdim=True).clamp_min(1e-12)
         first: Tensor | None = None
         if self.starts_mask:
             assert inputs is not None, "f(X) needs the block's input"
@@ -157,7 +159,7 @@ class TokenMerger(MaskModule):
         self, state: MergeState, unit: Tensor, values: Tensor | None, mlp: Tensor | None, observe: bool
     ) -> MergeState:
         """A selection plus dense rows for the tokens that lose their slot."""
-        P = num_slots(self.num_tokens if self.tied else unit.shape[1], self.ratio)
+        P = num_slots(self.num_tokens if self.tied else fixed(unit.shape[1]), self.ratio)
         order, unit, similarity = self._anchors(unit, P)
         cells, previous = state.cells, state.carried
         slot_cells: Tensor | None = None
@@ -197,31 +199,32 @@ class TokenMerger(MaskModule):
         """
         H, W = grid
         H_, W_ = slots
-        B, K, g, cells = unit.shape[0], unit.shape[2], self.cluster_grid, state.cells
-        unit, size = unit.reshape(B, H, W, K), state.size.reshape(B, H, W)
+        K, g, cells = fixed(unit.shape[2]), self.cluster_grid, state.cells
+        unit, size = unit.reshape(-1, H, W, K), state.size.reshape(-1, H, W)
         of_width, of_height = size.sum(dim=1), size.sum(dim=2)
-        total = of_width.sum(dim=1).view(B, 1, 1)
+        total = of_width.sum(dim=1).view(-1, 1, 1)
         of_rows: Tensor | None = None
         of_columns: Tensor | None = None
         rows_update: Tensor | None = None
         columns_update: Tensor | None = None
         if cells is not None:
-            cells = cells.reshape(B, H, W)
+            cells = cells.reshape(-1, H, W)
             of_rows, of_columns = cells[:, :, 0] // g, cells[:, 0] % g  # B H, B W
             if update is not None:
-                update = update.reshape(B, H, W, g, g)
-                index = of_rows.reshape(B, H, 1, 1, 1).expand(-1, -1, W, 1, g)
-                columns_update = update.gather(3, index).squeeze(3).mean(dim=1)  # B W g
-                index = of_columns.reshape(B, 1, W, 1, 1).expand(-1, H, -1, g, 1)
-                rows_update = update.gather(4, index).squeeze(4).mean(dim=2)  # B H g
+                update = update.reshape(-1, H, W, g, g)
+                # of columns the mean over rows, each for its own row of cells: B 1 1 (H g) @ B W (H g) g -> B W g
+                mean = one_hot(of_rows, g, update).reshape(-1, 1, 1, H * g) / H
+                columns_update = (mean @ update.transpose(1, 2).reshape(-1, W, H * g, g)).flatten(1, 2)
+                mean = one_hot(of_columns, g, update).reshape(-1, 1, 1, W * g) / W
+                rows_update = (mean @ update.transpose(3, 4).reshape(-1, H, W * g, g)).flatten(1, 2)  # B H g
         rows: AnchoredMask | None = None
         columns: AnchoredMask | None = None
         if W_ < W or H_ == H:
-            keys = unit.transpose(1, 2).reshape(B, W, H * K) / H**0.5  # B H W K -> B W (H K)
+            keys = unit.transpose(1, 2).reshape(-1, W, H * K) / H**0.5  # B H W K -> B W (H K)
             rows, merged = self._along(_Tokens(keys, of_width, of_columns, columns_update), W_)
             of_width, of_columns = merged.size, merged.cells
         if H_ < H:
-            keys = unit.reshape(B, H, W * K) / W**0.5  # B H W K -> B H (W K)
+            keys = unit.reshape(-1, H, W * K) / W**0.5  # B H W K -> B H (W K)
             columns, merged = self._along(_Tokens(keys, of_height, of_rows, rows_update), H_)
             of_height, of_rows = merged.size, merged.cells
         size = (of_height.unsqueeze(2) * of_width.unsqueeze(1) / total).flatten(1)  # B H' W' -> B (H' W')
@@ -375,6 +378,8 @@ def _in_slots(update: Tensor, cells: Tensor | None, P: int) -> tuple[Tensor, Ten
         update: (B, N, c) of every token for every cell, or every slot: anchors first, then the others.
         cells: (B, P) of the slots, None where every slot has its own.
     """
-    columns = torch.arange(P, device=update.device).expand(update.shape[0], -1) if cells is None else cells
-    own = update[:, :P].gather(2, columns.unsqueeze(2)).squeeze(2)
-    return own, take_columns(update[:, P:], columns)
+    own, rest = update[:, :P], update[:, P:]
+    if cells is None:
+        return own.diagonal(dim1=1, dim2=2), rest
+    of_slots = one_hot(cells, fixed(update.shape[2]), update)  # B P c
+    return (own * of_slots).sum(dim=2), rest @ of_slots.transpose(1, 2)

@@ -33,6 +33,7 @@ __all__ = [
     "direction",
     "mask_update",
     "no_autocast",
+    "one_hot",
     "pool_slots",
     "posterior_scores",
 ]
@@ -110,6 +111,11 @@ def direction(phi: Tensor, w: Tensor, centroids: Tensor) -> Tensor:
     return weights @ centroids
 
 
+def one_hot(cells: Tensor, num_cells: int, like: Tensor) -> Tensor:
+    """(B, P, c) of indices (B, P), in the dtype of ``like``, without a scatter."""
+    return F.embedding(cells, torch.eye(num_cells, dtype=like.dtype, device=like.device))
+
+
 def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[Tensor, Tensor]:
     """Slots pooled by position onto cells: the mean of each cell's slots, weighted by their sizes.
 
@@ -122,8 +128,7 @@ def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[
     Returns:
         The pooled features (B, c, d), zero for a cell without slots, and the pooling weights (B, P, c).
     """
-    one_hot = F.embedding(cells, torch.eye(num_cells, dtype=size.dtype, device=size.device))  # B P c; no scatter
-    weights = one_hot * size.unsqueeze(2)
+    weights = one_hot(cells, num_cells, size) * size.unsqueeze(2)  # B P c
     weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
     return weights.transpose(1, 2) @ x, weights
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from timm_ltm.merging import MergeConfig, MergeState, TokenMerger
 from timm_ltm.merging.config import PRESETS
+from timm_ltm.merging.merge import fixed
 
 __all__ = [
     "LTMModel",
@@ -121,7 +122,7 @@ def to_map(x: Tensor, state: MergeState) -> Tensor:
     """(B, P, D) -> (B, H', W', D), the tokens of a map as one."""
     grid = state.grid
     assert grid is not None
-    return x.reshape(-1, grid[0], grid[1], x.shape[2])
+    return x.reshape(-1, grid[0], grid[1], fixed(x.shape[2]))
 
 
 def plain_forward(cls: type[nn.Module]) -> Callable[..., Any]:
