@@ -417,7 +417,7 @@ class ModelContract(ExportContract):
     def test_channels_last(self, model, x):
         expected = model(x)
         output = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-        assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert_close(output, expected, rtol=1e-4, atol=self.tolerance)
 
     def test_registered(self, model):
         assert self.name in timm.list_models("ltm_*")

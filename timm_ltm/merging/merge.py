@@ -283,14 +283,17 @@ def _merge_map(x: Tensor, mask: GridMask, parts: int) -> Tensor:
 def _merge_lines(x: Tensor, mask: AnchoredMask, lines: int, parts: int, num_prefix: int = 0) -> Tensor:
     """An anchored mask of (B ``lines``) lines, each shared by ``parts`` of them."""
     N, P = fixed(mask.order.shape[1]), fixed(mask.own.shape[1])
-    if P == N:
-        return x
-    order = _shared(mask.order.unsqueeze(2), lines, parts).flatten(1)
-    own, rest = _shared(mask.own.unsqueeze(2), lines, parts).to(x.dtype), _shared(mask.rest, lines, parts).to(x.dtype)
+    own = _shared(mask.own.unsqueeze(2), lines, parts).to(x.dtype)
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
+        own = F.pad(own, (0, 0, num_prefix, 0), value=1.0)
+    if P == N:
+        return x * own  # by 1: the mask's parameters still get gradients, which DistributedDataParallel waits for
+    order = _shared(mask.order.unsqueeze(2), lines, parts).flatten(1)
+    rest = _shared(mask.rest, lines, parts).to(x.dtype)
+    if num_prefix:
+        rest = F.pad(rest, (num_prefix, 0))
         prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
         order = torch.cat((prefix, order + num_prefix), dim=1)
-        own, rest = F.pad(own, (0, 0, num_prefix, 0), value=1.0), F.pad(rest, (num_prefix, 0))
     tokens = take(x, order)
     return (tokens[:, : P + num_prefix] * own).baddbmm_(rest.transpose(1, 2), tokens[:, P + num_prefix :])
 
