@@ -212,8 +212,8 @@ def maps(args: argparse.Namespace) -> None:
         "dense": dict(mask_form="dense"),
     }
 
-    def ltm(ratio: float, name: str) -> nn.Module:
-        ratios = (ratio,) + (1.0,) * 8
+    def ltm(ratio: float, block: int, name: str) -> nn.Module:
+        ratios = [ratio if i == block else 1.0 for i in range(9)]
         model = build("ltm_mobilevit_xxs", compression_ratio=ratios, cluster_dim=16, img_size=128, **ways[name])
         model.load_state_dict(weights)
         for _, module in model.mergers() if name == "areas" else ():
@@ -222,14 +222,17 @@ def maps(args: argparse.Namespace) -> None:
 
     for fine in (0, args.fine // 3):
         print(f"\nfine-tuned for {fine} steps\n" if fine else "")
-        print("| patches left, first stage | GMACs ratio | " + " | ".join(ways) + " |")
-        print("|---" * (2 + len(ways)) + "|", flush=True)
-        for ratio in (0.765, 0.5625, 0.39):
-            cells, gmacs = [], count_gmacs(ltm(ratio, "**straight**"), x[:1]) / whole
-            for name in ways:
-                model = train(ltm(ratio, name), data, fine, 5e-4, 1) if fine else ltm(ratio, name)
+        names = ("areas", "**straight**") if fine else tuple(ways)
+        print("| patches left of 8 x 8, block | GMACs ratio | " + " | ".join(names) + " |")
+        print("|---" * (2 + len(names)) + "|", flush=True)
+        for side, block in ((7, 0), (6, 0), (7, 1), (6, 1), (5, 1), (4, 1)) if not fine else ((7, 0), (6, 1), (4, 1)):
+            ratio = side**2 / 64 - 0.001
+            cells, gmacs = [], count_gmacs(ltm(ratio, block, "**straight**"), x[:1]) / whole
+            for name in names:
+                model = ltm(ratio, block, name)
+                model = train(model, data, fine, 5e-4, 1) if fine else model
                 cells.append(f"{100 * right(model, data, x, y).mean():.1f}")
-            print(f"| {ratio} | {gmacs:.3f} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {side} x {side}, {block + 1} | {gmacs:.3f} | " + " | ".join(cells) + " |", flush=True)
         if fine:
             model = train(copy.deepcopy(plain), data, fine, 5e-4, 1)
             print(f"\nplain, going on: {100 * right(model, data, x, y).mean():.1f} %")

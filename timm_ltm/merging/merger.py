@@ -6,7 +6,6 @@ TorchScript compiles the forward pass, hence no postponed annotations.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ltm.merging.config import num_slots
