@@ -66,7 +66,10 @@ def at_gmacs(build: Callable[[float], nn.Module], target: float, x: Tensor) -> n
     for _ in range(11):
         middle = (low + high) / 2
         low, high = (low, middle) if count_gmacs(build(middle), x) <= target else (middle, high)
-    return build(high)
+    model = build(high)
+    if count_gmacs(model, x) > target:
+        raise ValueError(f"no share up to {high:.2f} comes down to {target:.4f} GMACs.")
+    return model
 
 
 def halves(keys: Tensor, num_slots: int) -> Tensor:
@@ -99,7 +102,7 @@ def compare_by(metric: str, model: nn.Module) -> nn.Module:
 
 
 def resizing(module: TokenMerger) -> None:
-    """Replace what a merger of maps does by averages over areas, of the same sizes."""
+    """Replace what the only merger of a model of maps does by averages over areas, of the same sizes."""
 
     def areas(n: int, P: int, like: Tensor) -> DenseMask:
         weights = F.interpolate(torch.eye(n).unsqueeze(0), size=P, mode="area")[0]  # n P, columns sum to 1

@@ -24,6 +24,10 @@ pytestmark = [
 ]
 # timm's file lists what it tests by names and modules it knows. Left out as for the plain models: tests that download
 # weights, and the default cfgs of ViT, which has no map to pool (vit_* is in its NON_STD_FILTERS; run below).
+ALL = {
+    "forward", "backward", "forward_torchscript", "forward_features", "forward_fx", "backward_fx",
+    "forward_fx_torchscript",
+}  # fmt: skip
 SELECTION = "ltm_ and not load_pretrained and not features_pretrained and not (default_cfgs and ltm_vit)"
 
 
@@ -37,13 +41,15 @@ def folder(tmp_path_factory):
 
 def test_of_all_models(folder):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "timm_ltm", "tests/test_models.py", "-k", SELECTION],
+        [sys.executable, "-m", "pytest", "-v", "-p", "timm_ltm", "tests/test_models.py", "-k", SELECTION],
         cwd=folder, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
-    counts = {name: int(n) for n, name in re.findall(r"(\d+) (\w+)", run.stdout.splitlines()[-1])}
-    assert counts["passed"] >= 7 * len(timm.list_models("ltm_*")) // 2
-    assert "skipped" not in counts
+    passed = re.findall(r"test_model_(\w+)\[(?:\d-)?(ltm_\w+?)(?:\.\w+)?(?:-\d)?\] PASSED", run.stdout)
+    for name in timm.list_models("ltm_*", name_matches_cfg=True):
+        tests = {test for test, of in passed if of == name}
+        assert tests >= (ALL if name.startswith("ltm_vit") else ALL | {"default_cfgs"}), name
+    assert "SKIPPED" not in run.stdout
 
 
 CALL = """

@@ -8,6 +8,8 @@ from timm.layers import set_scriptable
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch.testing import assert_close
 
+from timm_ltm import ClusterRefresh
+
 # "slots": the paper's clusters (of every slot, in its own width) with the default mask. timm.create_model drops
 # arguments that are None, so only the preset gives these.
 _ANCHORED = {"mask_form": "anchored", "mask_softmax": "slots", "first_mask": "anchors", "mask_mode": "sample"}
@@ -37,13 +39,32 @@ class ExportContract:
             assert_close(exported(x[:batch]), model(x[:batch]).detach(), rtol=1e-4, atol=self.tolerance)
 
     def test_compile(self, x):
+        """One graph in eval and one in training: no recompile between batches of one shape, or between epochs."""
+        model, graphs = self.build(**self.shallow), []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        compiled, refresh = torch.compile(model, fullgraph=True, backend=backend), ClusterRefresh(model)
+        for images in (x, x + 1):
+            assert_close(compiled(images), model(images))
+        assert len(graphs) == 1
+        model.train()
+        for step in range(4):
+            compiled(x + step).sum().backward()
+            refresh.step(torch.arange(len(x)))
+            if step % 2:
+                refresh.epoch_end()
+        assert len(graphs) == 2
+        assert all(p.grad is not None for p in model.parameters())
+
+    @pytest.mark.slow
+    def test_inductor(self, x):
         model = self.build(**self.shallow)
         torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert_close(compiled(x), model(x))
-        model.train()
-        compiled(x).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+        assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=self.tolerance)
 
     @pytest.mark.filterwarnings("ignore")
     def test_trace(self, mode):
@@ -81,6 +102,27 @@ class ExportContract:
     @pytest.mark.filterwarnings("ignore")
     def test_script_of_modes(self, mode, tmp_path):
         self.check_script(mode, True, tmp_path)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_script_in_training(self):
+        """A graph is of the model's mode: in warm-up, while features are collected, it is timm's."""
+        with set_scriptable(True):
+            model = self.build(**self.shallow, merge_warmup_epochs=1)
+        refresh = ClusterRefresh(model)
+        model.train()
+        assert refresh.model.collecting
+        assert not model.merging
+        x = self.images(2)
+        expected = model(x)
+        assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=self.tolerance)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_script_under_autocast(self):
+        with set_scriptable(True):
+            model = self.build(**self.shallow)
+        scripted = torch.jit.script(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert scripted(self.images(2)).isfinite().all()
 
     def check_script(self, mode, merging, folder):
         with set_scriptable(True):

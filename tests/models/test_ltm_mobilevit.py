@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+import timm
 import torch
 
 from timm_ltm.merging import slots_of
+from timm_ltm.models.ltm_vit import LTMBlock
 
 from .maps import MAP_MODES, MapContract
 
@@ -72,3 +74,10 @@ class TestMobileViT(MapContract):
         shortcut, merged = seen[0][:, :48], seen[0][:, 48:]
         assert shortcut.shape == (2, 48, 12, 12)
         torch.testing.assert_close(merged[:, :48], shortcut)
+
+
+def test_attention_is_proportional_behind_the_first_merge_of_a_stage():
+    model = timm.create_model("ltm_mobilevit_xs")  # merges in the 2nd and the 3rd of 2 + 4 + 3 blocks
+    blocks = [m for m in model.modules() if isinstance(m, LTMBlock)]
+    assert [b.weighs for b in blocks] == [False] * 3 + [True] * 3 + [False] * 3
+    assert all(b.parts == 4 for b in blocks)

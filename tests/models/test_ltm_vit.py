@@ -7,12 +7,15 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
+from timm.layers import set_scriptable
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.testing import assert_close
 
 from timm_ltm import ClusterRefresh
+from timm_ltm.merging import MergeState
 from timm_ltm.models import LTMVisionTransformerDistilled
+from timm_ltm.models.ltm_vit import LTMBlock
 
 from .contract import MODES, ModelContract
 
@@ -249,3 +252,49 @@ def test_distillation_token():
     assert [head.shape for head in model.train()(x)] == [(2, 5), (2, 5)]
     model.reset_classifier(7)
     assert model.eval()(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("num_prefix", "parts"), [(0, 1), (2, 1), (0, 3)])
+def test_a_token_of_size_s_is_s_tokens(num_prefix, parts, fused):
+    """Attention in proportion to sizes is attention to repeated tokens, for every image and every part of it."""
+    torch.manual_seed(0)
+    block = LTMBlock(16, num_heads=2)
+    block.num_prefix_tokens, block.parts, block.weighs, block.attn.fused_attn = num_prefix, parts, True, fused
+    x = torch.randn(2 * parts, num_prefix + 5, 16)
+    sizes = torch.tensor([[1, 2, 3, 1, 1], [4, 1, 1, 2, 1]])
+    merged, _ = block(x, state=MergeState(sizes.float(), None))
+    weighed, keys = block.attn(x, attn_mask=block._log_sizes(x, MergeState(sizes.float(), None)), return_keys=True)
+    for i in range(len(x)):
+        repeats = torch.cat((torch.ones(num_prefix, dtype=torch.long), sizes[i // parts]))
+        first = repeats.cumsum(0) - repeats
+        repeated = x[i].repeat_interleave(repeats, dim=0).unsqueeze(0)
+        assert_close(merged[i], block(repeated)[0, first])
+        assert_close(weighed[i], block.attn(repeated)[0, first])
+    assert keys.shape == (2 * parts, num_prefix + 5, 8)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"proportional_attention": False}, {"preset": "paper"}], ids=str)
+def test_attention_is_proportional_behind_the_first_merge(kwargs):
+    ratios = (1.0, 0.8, 1.0, 0.8, 1.0, 1.0)
+    model = timm.create_model(
+        "ltm_vit_test", **{"compression_ratio": ratios, "img_size": 64, "num_classes": 10, **kwargs}
+    )
+    assert [block.weighs for block in model.blocks] == [not kwargs and i > 1 for i in range(6)]
+    x, weighed = torch.randn(2, 3, 64, 64), []
+    hooks = [b.attn.register_forward_pre_hook(lambda m, a, k: weighed.append(k.get("attn_mask")), with_kwargs=True)
+             for b in model.blocks]  # fmt: skip
+    model.eval()(x)
+    assert [mask is not None for mask in weighed] == [block.weighs for block in model.blocks]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_scripting_with_patch_dropout():
+    with set_scriptable(True):
+        model = timm.create_model("ltm_vit_test", img_size=64, patch_drop_rate=0.5).train()
+    torch.manual_seed(0)
+    expected = model(torch.ones(2, 3, 64, 64))
+    scripted = torch.jit.script(model)
+    torch.manual_seed(0)
+    assert_close(scripted(torch.ones(2, 3, 64, 64)), expected)

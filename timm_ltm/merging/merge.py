@@ -3,7 +3,7 @@
 One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, d cluster
 width, H W grid. A mask G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z.
 
-TorchScript compiles this file, hence no postponed annotations, generators or recursion.
+TorchScript compiles what a forward pass calls, hence no postponed annotations, and no generators or recursion there.
 """
 
 from typing import NamedTuple, Union
@@ -147,7 +147,7 @@ def redundancy(keys: Tensor) -> Tensor:
         keys: (B, N, K) unit vectors.
 
     Returns:
-        (B, N), in [-1, 1], or below -2 for the first of a pair.
+        (B, N), in [-1, 1], or at most -3 for the first of a pair.
     """
     N = fixed(keys.shape[1])
     if N < 2:
@@ -295,7 +295,10 @@ def _merge_lines(x: Tensor, mask: AnchoredMask, lines: int, parts: int, num_pref
         prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
         order = torch.cat((prefix, order + num_prefix), dim=1)
     tokens = take(x, order)
-    return (tokens[:, : P + num_prefix] * own).baddbmm_(rest.transpose(1, 2), tokens[:, P + num_prefix :])
+    kept, others = tokens[:, : P + num_prefix] * own, tokens[:, P + num_prefix :]
+    if torch.jit.is_scripting():  # whose autocast does not know in-place operations
+        return kept.baddbmm(rest.transpose(1, 2), others)
+    return kept.baddbmm_(rest.transpose(1, 2), others)
 
 
 def _shared(x: Tensor, lines: int, parts: int) -> Tensor:

@@ -63,7 +63,7 @@ class TokenMerger(MaskModule):
             z: Attention output with its shortcut (B parts, num_prefix + N, D).
             state: Of these tokens.
             keys: (B parts, num_prefix + N, K) mean attention keys, where :attr:`needs_keys`.
-            inputs: X (B parts, num_prefix + N, D) the block's input, where the first mask is f(X).
+            inputs: X (B parts, num_prefix + N, D) the block's input, read where the first mask is f(X).
             observe: Leave the tokens as they are; only keep features for the clusters' refresh (warm-up).
 
         Returns:

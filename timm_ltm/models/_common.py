@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions, get_notrace_modules, register_notrace_module, to_2tuple
+from timm.layers import DropPath, get_notrace_functions, get_notrace_modules, register_notrace_module, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -168,7 +168,8 @@ class _Tracer(torch.fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, tuple(get_notrace_modules())) or super().is_leaf_module(m, module_qualified_name)
+        leaves = (DropPath, *get_notrace_modules())  # DropPath asks for the mode
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
 class LTMModel(nn.Module):
@@ -301,7 +302,10 @@ class LTMModel(nn.Module):
             merger.reset_classes(num_classes)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead: the FX graph of this model in its mode, merging as it is now."""
+        """What ``torch.jit.script`` compiles instead: the FX graph of this model in its mode, merging as it is now.
+
+        It collects nothing, reads no labels, and attention keeps the dropout of the mode it was scripted in.
+        """
         return torch.fx.GraphModule(self, _Tracer().trace(self), type(self).__name__)
 
     def _check_not_tied(self, now: Any, new: Any) -> None:

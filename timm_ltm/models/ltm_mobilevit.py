@@ -71,7 +71,7 @@ class LTMMobileVitBlock(LTMStage, MobileVitBlock):
     def __prepare_scriptable__(self) -> nn.Module:
         """With blocks and attention as TorchScript reads them."""
         blocks = [adopt(ScriptedBlock, block, attn=adopt(ScriptedAttention, block.attn)) for block in self.transformer]
-        return adopt(type(self), self, transformer=nn.Sequential(*blocks))
+        return adopt(type(self), self, transformer=nn.Sequential(*blocks), collecting=False)
 
     def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, H h, W w) -> (B h w, H W, D)."""
@@ -158,7 +158,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 256, 256),
-        "pool_size": (6, 6),  # of the merged map
+        "pool_size": (8, 8),
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": (0.0, 0.0, 0.0),
@@ -174,7 +174,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 # The weights are the plain model's; the merging starts from them without training.
 default_cfgs = generate_default_cfgs(
     {
-        f"ltm_{name}.cvnets_in1k": _cfg(hf_hub_id=f"timm/{name}.cvnets_in1k", pool_size=pool_size)
+        f"ltm_{name}.cvnets_in1k": _cfg(hf_hub_id=f"timm/{name}.cvnets_in1k", pool_size=pool_size)  # of the merged map
         for name, pool_size in (("mobilevit_xxs", (6, 6)), ("mobilevit_xs", (4, 4)), ("mobilevit_s", (6, 6)))
     }
 )

@@ -27,7 +27,7 @@ from timm_ltm.merging.update import at_least_float32
 from timm_ltm.models._common import fit_classes, mean_keys, plain_forward, resized, run_block, to_map
 from timm_ltm.models._maps import LTMMapModel, LTMStage, adopt, map_settings, real_reduction
 
-__all__ = ["LTMSwinBlock", "LTMSwinTransformer"]
+__all__ = ["LTMSwinBlock", "LTMSwinTransformer", "LTMWindowAttention"]
 
 
 torch.fx.wrap("initial_state")  # they make tensors from shapes
@@ -139,7 +139,7 @@ class LTMSwinBlock(SwinTransformerBlock):
     """timm's block, with its map merged between attention and MLP where it has a ``merger``.
 
     Attributes:
-        behind_merger: Maps may come merged, and have windows fitted to them.
+        behind_merger: Maps may come merged: attention is given whole maps, and fits its windows to them.
     """
 
     merger: TokenMerger | None

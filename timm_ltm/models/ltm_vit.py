@@ -44,6 +44,13 @@ def _no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
+@torch.fx.wrap  # counts patches
+def _drop_patches(
+    x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    return patch_dropout_forward(x, prob, num_prefix_tokens, ordered, training)
+
+
 class LTMAttention(Attention):
     """timm's attention, that can return its keys: a forward of its own, because no hook of timm's gives them."""
 
@@ -130,8 +137,11 @@ class LTMBlock(Block):
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z)))), state
 
     def _log_sizes(self, x: Tensor, state: MergeState) -> Tensor:
-        """(B, 1, 1, prefix + N): a token of size s attracts attention like s equal ones (Bolya et al., ICLR 2023)."""
-        mask = F.pad(state.size.log(), (self.num_prefix_tokens, 0)).to(x.dtype)
+        """(B, 1, 1, prefix + N): a token of size s attracts attention like s equal ones (Bolya et al., ICLR 2023).
+
+        Without gradient: fused kernels have none for a mask, and a size may come near zero.
+        """
+        mask = F.pad(state.size.detach().clamp_min(1e-6).log(), (self.num_prefix_tokens, 0)).to(x.dtype)
         return mask.repeat_interleave(self.parts, dim=0).unsqueeze(1).unsqueeze(1)
 
     def _mean_keys(self, h: Tensor) -> Tensor:
@@ -204,7 +214,7 @@ class LTMVisionTransformer(LTMModel, VisionTransformer):
         x, kept = self._pos_embed(self.patch_embed(x)), None
         if isinstance(self.patch_drop, PatchDropout):  # its function tells which patches are left
             drop = self.patch_drop
-            x, kept = patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
+            x, kept = _drop_patches(x, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
         state = initial_state(x, self.num_prefix_tokens, grid, self.merge_config.cluster_grid, kept)
         return self.norm_pre(x), state, grid
 
