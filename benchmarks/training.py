@@ -93,7 +93,8 @@ def times(name: str, batch: int, rounds: int) -> None:
 def peak(name: str, batch: int) -> float:
     """GiB of resident memory at most, of a process that trains this model, above what it had before."""
     code = f"import training; training.train_alone({name!r}, {batch})"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    folder = Path(__file__).parent
+    output = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     return float(output.stdout.split()[-1])
 
 
