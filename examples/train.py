@@ -118,7 +118,7 @@ def main() -> None:
         if task.has_ema():
             line += f", of the EMA {validate(task.get_eval_model(ema=True), test_loader, device):.2f} %"
         merging = getattr(model, "merging", None)
-        tqdm.write(line + ("" if merging is None else f", next epoch {'merges' if merging else 'is plain'}"))
+        tqdm.write(line + ("" if merging is None else f", {'merging' if merging else 'plain'} from here on"))
         saver.save_checkpoint(epoch, metric=top1)
 
 
