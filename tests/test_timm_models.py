@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SOURCE is None, reason="TIMM_SOURCE does not name a clone of timm's repository"),
 ]
-# timm's file lists what it tests by names and modules it knows. Left out as for the plain models: tests that download
-# weights, and the default cfgs of ViT, which has no map to pool (vit_* is in its NON_STD_FILTERS; run below).
 ALL = {
     "forward", "backward", "forward_torchscript", "forward_features", "forward_fx", "backward_fx",
     "forward_fx_torchscript",
 }  # fmt: skip
+# timm's file lists what it tests by names and modules it knows. Left out as for the plain models: tests that download
+# weights, and the default cfgs of ViT, which has no map to pool (vit_* is in its NON_STD_FILTERS; run below).
 SELECTION = "ltm_ and not load_pretrained and not features_pretrained and not (default_cfgs and ltm_vit)"
 
 

@@ -207,6 +207,14 @@ class MaskModule(nn.Module):
         elif log_q is not None:
             self.clusters.log_q = log_q.new_zeros(log_q.shape[0], num_classes)
 
+    def _num_slots(self, num_tokens: int) -> int:
+        """P; if tied to a size, that of this size: in warm-up blocks see more tokens."""
+        return num_slots(self.num_tokens if self.tied else num_tokens, self.ratio)
+
+    def _map_slots(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(H', W'); if tied to a size, those of this size."""
+        return map_slots(self.grid if self.tied else grid, self.ratio)
+
     def _of_image(self, x: Tensor) -> Tensor:
         """(B parts, N, D) -> (B, N, D): the mean of what is merged alike."""
         if self.parts == 1:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_ltm.merging.config import num_slots
-from timm_ltm.merging.mask_module import MaskModule, MergeState, map_slots
+from timm_ltm.merging.mask_module import MaskModule, MergeState
 from timm_ltm.merging.merge import (
     AnchoredMask,
     GridMask,
@@ -131,7 +130,7 @@ class TokenMerger(MaskModule):
             grid = state.grid
             if grid is None:
                 return self._anchored(state, unit, values, mlp, observe)
-            slots = map_slots(self.grid if self.tied else grid, self.ratio)  # in warm-up blocks see more tokens
+            slots = self._map_slots(grid)
             update: Tensor | None = None
             if self.updates and values is not None and mlp is not None:
                 of_cells = self._direction(values, state, None)
@@ -158,7 +157,7 @@ class TokenMerger(MaskModule):
         self, state: MergeState, unit: Tensor, values: Tensor | None, mlp: Tensor | None, observe: bool
     ) -> MergeState:
         """A selection plus dense rows for the tokens that lose their slot."""
-        P = num_slots(self.num_tokens if self.tied else fixed(unit.shape[1]), self.ratio)
+        P = self._num_slots(fixed(unit.shape[1]))
         order, unit, similarity = self._anchors(unit, P)
         cells, previous = state.cells, state.carried
         slot_cells: Tensor | None = None
@@ -278,10 +277,10 @@ class TokenMerger(MaskModule):
         before = size.shape[1] if carried is None else carried.shape[2]
         after: tuple[int, int] | None = None
         if grid is not None:
-            after = map_slots(self.grid if self.tied else grid, self.ratio)
+            after = self._map_slots(grid)
             P = after[0] * after[1]
         else:
-            P = num_slots(self.grid[0] if self.tied else size.shape[1], self.ratio)
+            P = self._num_slots(size.shape[1])
         if grid is not None and after is not None and before == grid[0] * grid[1]:
             rows = even_columns(grid[0], after[0], size.device).unsqueeze(1) * grid[1]
             columns = (rows + even_columns(grid[1], after[1], size.device)).flatten()
