@@ -1,11 +1,16 @@
-"""timm_ltm: vision transformers of timm, smaller and faster by Learnable Token Merging.
+"""timm_ltm: vision transformers of timm, smaller and faster by merging tokens.
 
-Importing registers the models with timm: ``timm.create_model("ltm_vit_small_patch16_224")``.
+Importing registers the models with timm: ``timm.create_model("ltm_vit_small_patch16_224")``. A model in hand:
+``timm_ltm.convert(model, "ltm")``.
 """
 
-from timm_ltm import models
-from timm_ltm.merging import PAPER, MergeConfig
+from timm_ltm import (
+    methods,  # noqa: F401  registers the methods, which models.registry reads
+    models,
+)
+from timm_ltm.models import convert
+from timm_ltm.reduction import METHODS
 from timm_ltm.training import ClusterRefresh
 
-__all__ = ["PAPER", "ClusterRefresh", "MergeConfig", "models"]
+__all__ = ["METHODS", "ClusterRefresh", "convert", "models"]
 __version__ = "0.1.0"

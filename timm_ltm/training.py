@@ -1,7 +1,8 @@
-"""Training with LTM: clusters and Q collected while training, committed at each epoch's end (Algorithm 1, line 11).
+"""Clusters and Q follow the training, committed at each epoch's end (Algorithm 1, line 11).
 
-:class:`ClusterRefresh` serves anybody's loop. Under timm's own ``train.py`` nothing has to be called: an LTM model that
-becomes part of a :class:`timm.task.TrainingTask` gets its refresh by itself, from the task's forward calls.
+:class:`ClusterRefresh` serves anybody's loop. Under timm's own ``train.py`` nothing has to be called: a
+:class:`timm.task.TrainingTask` that is given a merging model gets its refresh by itself, from the task's forward calls.
+A model has one owner at a time: an explicit refresh goes before a task's, and of several tasks the one that trains.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.task import TrainingTask
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from timm_ltm.merging import RunningClusters
-from timm_ltm.merging.update import no_autocast
-from timm_ltm.models import _common
-from timm_ltm.models._common import LTMModel
+from timm_ltm.methods.ltm import RunningClusters
+from timm_ltm.models import base
+from timm_ltm.models.base import ReducedModel, owner_of
+from timm_ltm.models.saved import Reduction
+from timm_ltm.reduction import Reducer
+from timm_ltm.reduction.tokens import no_autocast
 
 __all__ = ["ClusterRefresh"]
 
@@ -27,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ClusterRefresh:
-    """Collects features and labels while an LTM model trains, and refreshes its clusters and Q once per epoch.
+    """Collects features and labels while a merging model trains, refreshes clusters and Q, and counts its epochs.
 
     .. code-block:: python
 
@@ -40,90 +45,125 @@ class ClusterRefresh:
                 refresh.step(targets)
             refresh.epoch_end()
 
-    Counts epochs too: a model with ``merge_warmup_epochs`` begins to merge when that many have ended. In the last epoch
-    of warm-up features are collected, so that the first merged epoch starts with clusters.
+    A model with ``merge_warmup_epochs`` begins to merge when that many epochs have ended. In the last one of warm-up
+    features are collected, so that the first merged epoch starts with clusters.
 
     Args:
-        model: An LTM model, or a module that holds exactly one (DistributedDataParallel, a compiled module).
-        num_classes: K; the model's own if not given.
+        model: A merging model, or a module that holds exactly one (DistributedDataParallel, a compiled module).
+        num_classes: K of the targets; the model's own if not given.
         reservoir: Features kept per block to initialise clusters, to re-seed them and to fit T.
         seed: Of the reservoir and of k-means++. The training's random numbers are not touched.
+        ema: An averaged copy of the model (timm's ``ModelEmaV3``), which is handed what is committed: an average of old
+            and new clusters would be neither.
 
     Raises:
-        ValueError: There is no LTM model in ``model``, or the number of classes is unknown.
+        ValueError: There is no merging model in ``model``, or the number of classes is unknown or does not fit.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int | None = None, reservoir: int = 2048, seed: int = 0) -> None:
-        models = [module for module in model.modules() if isinstance(module, LTMModel)]
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int | None = None,
+        reservoir: int = 2048,
+        seed: int = 0,
+        ema: nn.Module | None = None,
+    ) -> None:
+        models = [module for module in model.modules() if isinstance(module, ReducedModel)]
         if len(models) != 1:
-            raise ValueError(f"model: got {len(models)} LTM models in {type(model).__name__}, expected one.")
-        self.model = models[0]
+            raise ValueError(f"model: got {len(models)} merging models in {type(model).__name__}, expected one.")
+        self.model, self.ema = models[0], ema
         self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
-        self.mergers = dict(self.model.mergers())
         self.running: dict[str, RunningClusters] = {}
+        self.log_q: dict[str, Tensor] = {}  # (A, K) of each block's last commit, for the IB loss
         self.steps = 0  # training batches in this epoch
         self.skipped = 0  # images in all, left out for features that were not finite
         self.report: dict[str, dict[str, float]] = {}
-        self._classes()
-        _pending.discard(self.model)
-        _release()
-        self._set_collecting()
-        _common._on_loaded[self.model] = weakref.WeakMethod(self._set_collecting)
+        if any(reducer.collects for _, reducer in self.model.reducers()):
+            self._classes()
+        base.owners[self.model] = weakref.ref(self)
+        self.on_loaded(self.model)
+        waits = self.model.config.merge_warmup_epochs - self.model.epoch
+        if waits > 0:
+            _logger.info("Plain training first: merging starts after %d more epochs.", waits)
 
     def _classes(self) -> int:
         """K, as it is now: the head may have been replaced."""
         K = self.model.num_classes if self._given_classes is None else self._given_classes
         if K < 1:
             raise ValueError(f"num_classes: got {K}, expected 1 or more. Give the number of classes of the targets.")
+        for name, reducer in self.model.reducers():
+            if reducer.collects:
+                reducer.check_classes(K, name)
         return K
 
-    def _set_collecting(self) -> None:
-        """Collect in merged epochs and in the last one of warm-up: at an epoch's start, and after a checkpoint."""
+    # What the model tells its owner
+
+    def on_mode(self, model: ReducedModel, mode: bool) -> None:
+        """The model's train() or eval(): an explicit refresh is told when an epoch ends."""
+
+    def on_loaded(self, model: ReducedModel) -> None:
+        """At the start, and after a checkpoint: reducers may be new, and the epoch another."""
         if self.steps:
             return
+        self.reducers = dict(model.reducers())
+        self.observers = model.observers(new=True)
+        self._set_collecting()
+
+    def _set_collecting(self) -> None:
+        """Collect in merged epochs and in the last one of warm-up."""
         self.model._read_epoch()
-        self.model.set_collecting(self.model.epoch + 1 >= self.model.merge_config.merge_warmup_epochs)
+        self.collects = self.model.epoch + 1 >= self.model.config.merge_warmup_epochs
+        self.model.set_collecting(self.collects and bool(self.observers))
+
+    @property
+    def owns(self) -> bool:
+        """Whether the model is refreshed by this, and not by one that was made later."""
+        return owner_of(self.model) is self
+
+    # A batch
 
     def _begin_epoch(self) -> None:
         """At an epoch's first batch, when the model is where and what it trains as."""
-        config = self.model.merge_config
         self.running = {}
-        for index, (name, merger) in enumerate(self.mergers.items()):
-            if merger.collecting:
-                self.running[name] = RunningClusters(
-                    merger.clusters,
-                    self._classes(),
-                    temperature=config.temperature,
-                    normalize=config.update_scale == "normalized",
-                    reservoir=self._reservoir,
-                    seed=self._seed + index,
-                )
-                self.running[name].clear(self.model.epoch)
+        for index, name in enumerate(self.observers if self.collects else ()):
+            reducer = self.reducers[name]
+            self.running[name] = RunningClusters(
+                reducer.clusters,
+                self._classes(),
+                **reducer.collected(),
+                reservoir=self._reservoir,
+                seed=self._seed + index,
+            )
+            self.running[name].clear(self.model.epoch)
 
     def labels(self, targets: Tensor) -> None:
-        """Before each forward pass: the labels that the literal Eq. 3 reads (``labels="true"``)."""
-        if self.model.merge_config.labels == "true":
-            for merger in self.mergers.values():
-                merger.labels = targets
+        """Before each forward pass of training: the labels that the printed Eq. 3 reads (``preset="paper"``)."""
+        if any(self.reducers[name].reads_labels for name in self.observers):
+            one_hot = self._one_hot(targets)
+            for observer in self.observers.values():
+                observer.labels, observer.fresh = one_hot, True
 
     def ib_loss(self, targets: Tensor) -> Tensor:
         """After the forward pass of a training batch and before :meth:`step`: what to add to the loss.
 
         ``ib_loss_weight`` times the IB bound of the pooled features that each block updates its mask from, summed over
-        blocks, from ``ib_loss_start_epoch`` on; the bound's part that no mask changes is left out. Zero until clusters
-        are there. Recomputed activations (gradient checkpointing) have to be of the non-reentrant kind, timm's default.
+        blocks, from ``ib_loss_start_epoch`` on; the bound's part that no mask changes is left out. Zero until Q was
+        committed once, also after resuming. Recomputed activations (gradient checkpointing) have to be of the
+        non-reentrant kind, timm's default.
 
         Args:
             targets: As of :meth:`step`.
         """
-        config, total = self.model.merge_config, torch.zeros((), device=targets.device)
-        if config.ib_loss_weight and self.model.merging and self.model.epoch >= config.ib_loss_start_epoch:
+        config, total = self.model.config, torch.zeros((), device=targets.device)
+        weight, start = getattr(config, "ib_loss_weight", 0.0), getattr(config, "ib_loss_start_epoch", 0)
+        if weight and self.model.merging and self.model.epoch >= start:
             one_hot = self._one_hot(targets)
-            for merger in self.mergers.values():
-                if merger.features is not None:
+            for name, observer in self.observers.items():
+                log_q = self.log_q.get(name)
+                if observer.features is not None and log_q is not None and log_q.shape[1] == one_hot.shape[1]:
                     with no_autocast(one_hot):
-                        total = total + merger.clusters.label_term(merger.features, one_hot)
-        return config.ib_loss_weight * total
+                        total = total + self.reducers[name].clusters.label_term(observer.features, one_hot, log_q)
+        return weight * total
 
     @torch.no_grad()
     def step(self, targets: Tensor) -> None:
@@ -133,23 +173,24 @@ class ClusterRefresh:
             targets: (B,) class indices, or (B, K) soft labels (Mixup, CutMix).
 
         Raises:
-            ValueError: The targets do not fit the batch or the number of classes.
+            ValueError: The targets do not fit the batch or the number of classes, or another refresh owns the model.
         """
-        one_hot = self._one_hot(targets)
-        for merger in self.mergers.values():  # before anything is taken: a call that fails can be made again
-            if merger.features is not None and len(merger.features) != len(one_hot):
+        if not self.owns:
+            raise ValueError("model: its refresh is another, made later. Use that one, or make this one anew.")
+        one_hot = self._one_hot(targets) if self.observers else None
+        for observer in self.observers.values():  # before anything is taken: a call that fails can be made again
+            if observer.features is not None and len(observer.features) != len(one_hot):
                 raise ValueError(
-                    f"targets: got {len(one_hot)} for {len(merger.features)} images. Call step once after each "
-                    "forward pass."
+                    f"targets: got {len(one_hot)} for {len(observer.features)} images. Call step once after each forward "
+                    "pass."
                 )
         if not self.steps:
             self._begin_epoch()
         self.steps += 1
-        for name, running in self.running.items():
-            merger = self.mergers[name]
-            features, merger.features = merger.features, None
-            if features is not None:
-                running.add(features, one_hot)
+        for name, observer in self.observers.items():
+            features, observer.fresh = observer.take(), False
+            if features is not None and name in self.running:
+                self.running[name].add(features, one_hot)
 
     def _one_hot(self, targets: Tensor) -> Tensor:
         K = self._classes()
@@ -166,18 +207,25 @@ class ClusterRefresh:
             f"(B, {K}) soft labels."
         )
 
+    # An epoch
+
     def epoch_end(self) -> dict[str, dict[str, float]]:
         """Commit C, T, R and the epoch counter. Under torch.distributed every process must call it.
 
+        An epoch without a training batch, in any process, is none: calling this again changes nothing.
+
         Returns:
-            For each block that merges: ``features``, ``entropy`` (mean entropy of phi over log A), ``skipped``,
+            For each block that collects: ``features``, ``entropy`` (mean entropy of phi over log A), ``skipped``,
             ``reseeded``.
         """
+        if not self._any_steps():
+            return self.report
         if not self.steps:
             self._begin_epoch()  # a process without a batch still takes part
         self.report = {name: running.commit() for name, running in self.running.items()}
-        for merger in self.mergers.values():
-            merger.epoch += 1
+        self.log_q.update({name: running.log_q for name, running in self.running.items() if running.log_q is not None})
+        was_merging = self.model.merging
+        self.model.reduction.epoch += 1
         skipped = int(max((report["skipped"] for report in self.report.values()), default=0))
         if skipped and not self.skipped:
             warnings.warn(
@@ -187,83 +235,119 @@ class ClusterRefresh:
         self.skipped += skipped
         self.steps, self.running = 0, {}
         self._set_collecting()
+        self._hand_on()
+        if self.model.merging and not was_merging:
+            _logger.info("Merging starts, after %d epochs of plain training.", self.model.epoch)
         _logger.debug("clusters refreshed: %s", self.report)
         return self.report
 
+    def _any_steps(self) -> bool:
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.steps > 0
+        steps = torch.tensor(self.steps, device=self.model.reduction.epoch.device)
+        dist.all_reduce(steps)
+        return int(steps) > 0
+
     @torch.no_grad()
-    def _hand_on(self, ema: nn.Module | None) -> None:
-        """An EMA copy gets the committed clusters as they are: an average of old and new ones would be neither."""
-        for copy in [module for module in ema.modules() if isinstance(module, LTMModel)] if ema is not None else []:
-            for name, merger in copy.mergers():
-                for buffer, new in zip(merger.buffers(), self.mergers[name].buffers(), strict=True):
-                    buffer.copy_(new)
+    def _hand_on(self) -> None:
+        """The averaged copy gets what was committed as it is."""
+        for copy in [m for m in self.ema.modules() if isinstance(m, ReducedModel)] if self.ema is not None else []:
+            for theirs, ours in zip(copy.modules(), self.model.modules(), strict=True):
+                if isinstance(ours, (Reduction, Reducer)):
+                    for old, new in zip(theirs.buffers(), ours.buffers(), strict=True):
+                        old.copy_(new)
 
-    def attach(self, task: TrainingTask) -> None:
-        """Be called by a timm task: targets from its forward calls, epochs from the model's train() and eval().
 
-        The commit falls on the first train() or eval() after a training batch, so that what is validated and saved at
-        an epoch's end has the epoch's clusters.
-        """
+class _TaskRefresh(ClusterRefresh):
+    """The refresh of a timm task: targets from its forward calls, epochs from the model's train() and eval().
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.model.training:
-                self.labels(_target(args, kwargs))
+    The commit falls on the first train() or eval() after training batches, so that what is validated and saved at an
+    epoch's end has the epoch's clusters. A train() after a single batch is a loop's that calls it before every batch.
+    """
 
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self.model.training:
-                target = _target(args, kwargs)
-                if self.model.merge_config.ib_loss_weight:
-                    output["loss"] = output["loss"] + self.ib_loss(target)
-                self.step(target)
+    def __init__(self, model: ReducedModel) -> None:
+        super().__init__(model)
+        self._steps_at_train = 0
 
-        task.register_forward_pre_hook(before, with_kwargs=True)
-        task.register_forward_hook(after, with_kwargs=True)
-        refresh = weakref.ref(self)  # the task's hooks keep it alive, and with it the model
-        owner = weakref.ref(task)
+    def on_mode(self, model: ReducedModel, mode: bool) -> None:
+        if self.steps and (not mode or self.steps - self._steps_at_train > 1):
+            self.epoch_end()
+        self._steps_at_train = self.steps
 
-        def on_mode(_: bool) -> None:
-            alive, task = refresh(), owner()
-            if alive is not None and task is not None and alive.steps:
-                alive.epoch_end()
-                alive._hand_on(task.get_trainable_module(ema=True))
 
-        _common._on_mode[self.model] = on_mode
+class _Attached:
+    """A task's hooks: they keep its refresh alive, and find the model anew where the task was given another."""
+
+    def __init__(self, task: TrainingTask) -> None:
+        self.refresh: _TaskRefresh | None = None
+        task.register_forward_pre_hook(self.before, with_kwargs=True)
+        task.register_forward_hook(self.after, with_kwargs=True)
+
+    def before(self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refresh = self._of(task)
+        if refresh is not None:
+            refresh.labels(_target(args, kwargs))
+
+    def after(self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        refresh = self._of(task)
+        if refresh is not None:
+            target = _target(args, kwargs)
+            if getattr(refresh.model.config, "ib_loss_weight", 0.0):
+                output["loss"] = output["loss"] + refresh.ib_loss(target)
+            refresh.step(target)
+
+    def _of(self, task: TrainingTask) -> _TaskRefresh | None:
+        """The refresh of the model that the task trains now; None where there is none, or another owner."""
+        models = [m for m in task.get_trainable_module().modules() if isinstance(m, ReducedModel)]
+        if len(models) != 1 or not models[0].training:
+            return None
+        (model,) = models
+        owner = owner_of(model)
+        if owner is not None and not isinstance(owner, _TaskRefresh):
+            return None  # explicit
+        if self.refresh is None or owner is not self.refresh:
+            if not model.needs_refresh():
+                return None
+            self.refresh = _TaskRefresh(model)
+            _logger.info("ClusterRefresh attached to %s.", type(task).__name__)
+        self.refresh.ema = task.get_trainable_module(ema=True)
+        return self.refresh
 
 
 def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["target"] if "target" in kwargs else args[1]
 
 
-# An LTM model waits here until it becomes part of a timm task. The hook that watches for it is called when modules are
-# assigned to modules, never in a forward pass, and is there only while a model waits.
-_pending: weakref.WeakSet[LTMModel] = weakref.WeakSet()
+# Tasks are told by a hook that is called when modules are assigned to modules, never in a forward pass. It is there while
+# a model lives that training would have to tend: made, copied or unpickled.
+_living: weakref.WeakSet[ReducedModel] = weakref.WeakSet()
+_tasks: weakref.WeakSet[TrainingTask] = weakref.WeakSet()
 _hook: Any = None
 
 
-def _wait(model: LTMModel) -> None:
+def _watch_for_tasks(model: ReducedModel) -> None:
     global _hook
-    weakref.finalize(model, _release)  # before the set's own callback, which runs first then
-    _pending.add(model)
+    if not model.needs_refresh():
+        return
+    weakref.finalize(model, _release)
+    _living.add(model)
     if _hook is None:
         _hook = register_module_module_registration_hook(_watch)
 
 
 def _release() -> None:
     global _hook
-    if _hook is not None and not len(_pending):
+    if _hook is not None and not len(_living):
         _hook.remove()
         _hook = None
 
 
 def _watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if not isinstance(parent, TrainingTask) or child is None:
+    if not isinstance(parent, TrainingTask) or isinstance(child, ModelEmaV3) or parent in _tasks or child is None:
         return
-    for model in [module for module in child.modules() if module in _pending]:
-        if model.num_classes > 0:
-            ClusterRefresh(model).attach(parent)
-            _logger.info("ClusterRefresh attached to %s.", type(parent).__name__)
-        _pending.discard(model)
-    _release()
+    if any(isinstance(module, ReducedModel) for module in child.modules()):
+        _tasks.add(parent)
+        _Attached(parent)
 
 
-_common._on_created.append(_wait)
+base.on_created.append(_watch_for_tasks)

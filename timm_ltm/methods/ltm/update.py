@@ -14,40 +14,22 @@ with phi_ia = softmax_a(-|x_i - C_a|^2 / T). At inference there is no y: w is it
 implies, w_ia = sum_a' phi_ia' R[a', a] with R[a', a] = sum_y p(y | a') log Q(a | y), fixed between refreshes.
 
 One letter per axis: B batch, A clusters, K classes, F features of what is clustered, N tokens, P slots, d width.
-
-TorchScript compiles the functions of tensors.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from timm_ltm.reduction.tokens import one_hot
 
 __all__ = [
     "assign",
-    "at_least_float32",
     "cluster_scores",
     "direction",
     "mask_update",
-    "no_autocast",
-    "one_hot",
     "pool_slots",
     "posterior_scores",
 ]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision tensors in float32, others as they are: distances and sharp softmaxes need it."""
-    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Products of what :func:`at_least_float32` returned stay in float32 under autocast."""
-    available = torch.amp.is_autocast_available(x.device.type)  # "meta" has none
-    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
 def assign(x: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
@@ -111,11 +93,6 @@ def direction(phi: Tensor, w: Tensor, centroids: Tensor) -> Tensor:
     return weights @ centroids
 
 
-def one_hot(cells: Tensor, num_cells: int, like: Tensor) -> Tensor:
-    """(B, P, c) of indices (B, P), in the dtype of ``like``, without a scatter."""
-    return F.embedding(cells, torch.eye(num_cells, dtype=like.dtype, device=like.device))
-
-
 def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[Tensor, Tensor]:
     """Slots pooled by position onto cells: the mean of each cell's slots, weighted by their sizes.
 
@@ -128,7 +105,7 @@ def pool_slots(x: Tensor, cells: Tensor, num_cells: int, size: Tensor) -> tuple[
     Returns:
         The pooled features (B, c, d), zero for a cell without slots, and the pooling weights (B, P, c).
     """
-    weights = one_hot(cells, num_cells, size) * size.unsqueeze(2)  # B P c
+    weights = one_hot(cells, num_cells, size.dtype) * size.unsqueeze(2)  # B P c
     weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-6)
     return weights.transpose(1, 2) @ x, weights
 

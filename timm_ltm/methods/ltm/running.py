@@ -1,7 +1,7 @@
-"""Clusters and Q of merged features: what a forward pass reads, and the running sums that refresh it once per epoch.
+"""The running sums that refresh clusters and Q once per epoch, without another pass over the data.
 
 The paper clusters all merged features and computes Q (Eq. 8) at each epoch's end (Algorithm 1, line 11). Here each
-training batch adds to running sums instead: one Lloyd iteration and Q per epoch without another pass over the data.
+training batch adds to running sums instead: one Lloyd iteration and Q per epoch.
 
 One letter per axis: B batch, n features, A clusters, K classes, F features of what is clustered.
 """
@@ -9,171 +9,21 @@ One letter per axis: B batch, n features, A clusters, K classes, F features of w
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_ltm.merging.information import class_conditional
-from timm_ltm.merging.update import assign, at_least_float32, cluster_scores, direction, no_autocast, posterior_scores
+from timm_ltm.methods.ltm.clusters import Clusters, fit_temperature, kmeans, mean_entropy, squared_distances
+from timm_ltm.methods.ltm.information import class_conditional
+from timm_ltm.methods.ltm.update import assign, cluster_scores, direction, posterior_scores
+from timm_ltm.reduction.tokens import no_autocast
 
-__all__ = ["Clusters", "RunningClusters", "fit_temperature", "kmeans", "kmeans_plus_plus", "mean_entropy"]
+__all__ = ["RunningClusters"]
 
 _SMOOTHING = 1.0  # Laplace's, added to every entry of Q's numerator
 _SCALE_FLOOR = 1e-4  # below this, clusters tell nothing of the class and the direction is noise
-
-
-def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
-    """(n, F), (A, F) -> (n, A)."""
-    return (x.square().sum(dim=1, keepdim=True) - 2.0 * x @ centroids.t() + centroids.square().sum(dim=1)).clamp_min(
-        0.0
-    )
-
-
-def kmeans_plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator | None = None) -> Tensor:
-    """Initial centroids (A, F) among the features (n, F), drawn in proportion to their squared distance.
-
-    Greedy, as scikit-learn's: of 2 + log A draws the one that leaves the smallest distances is taken. With fewer
-    distinct features than clusters, features repeat.
-    """
-    trials = 2 + int(math.log(num_clusters))
-    chosen = [x[torch.randint(len(x), (1,), generator=generator)]]
-    nearest = squared_distances(x, chosen[0])  # n 1
-    for _ in range(num_clusters - 1):
-        probability = nearest.squeeze(1).double().cpu()
-        if probability.sum() <= 0:
-            probability = torch.ones_like(probability)
-        candidates = x[torch.multinomial(probability, trials, replacement=True, generator=generator)]
-        left = torch.minimum(nearest, squared_distances(x, candidates))  # n trials
-        best = left.sum(dim=0).argmin()
-        chosen.append(candidates[best].unsqueeze(0))
-        nearest = left[:, best].unsqueeze(1)
-    return torch.cat(chosen)
-
-
-def kmeans(x: Tensor, num_clusters: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
-    """Centroids (A, F) of features (n, F): k-means++ and Lloyd's iterations. A cluster without members stays put."""
-    centroids = kmeans_plus_plus(x, num_clusters, generator)
-    for _ in range(iterations):
-        members = F.one_hot(squared_distances(x, centroids).argmin(dim=1), num_clusters).to(x.dtype)
-        counts = members.sum(dim=0).unsqueeze(1)
-        centroids = torch.where(counts > 0, members.t() @ x / counts.clamp_min(1.0), centroids)
-    return centroids
-
-
-def mean_entropy(phi: Tensor) -> Tensor:
-    """Mean over rows of -sum_a phi_a log phi_a, in nats."""
-    return -torch.xlogy(phi, phi).sum(dim=-1).mean()
-
-
-def fit_temperature(x: Tensor, centroids: Tensor, target: float = 0.5, iterations: int = 30) -> float:
-    """T at which the mean entropy of phi is ``target`` times log A.
-
-    A one-hot phi makes the update zero, a uniform one carries no information. The entropy grows with T: bisection.
-    """
-    goal = target * math.log(centroids.shape[0])
-    spread = squared_distances(x, centroids).mean().clamp_min(1e-12).item()
-    low, high = math.log(spread) - 25.0, math.log(spread) + 10.0
-    for _ in range(iterations):
-        middle = 0.5 * (low + high)
-        if mean_entropy(assign(x, centroids, torch.tensor(math.exp(middle)))) < goal:
-            low = middle
-        else:
-            high = middle
-    return math.exp(0.5 * (low + high))
-
-
-class Clusters(nn.Module):
-    """What a forward pass needs of clusters and Q: persistent buffers, which checkpoints, EMA and Hub files carry.
-
-    Before the first refresh the centroids are zero, and with them the direction: the update does nothing yet.
-
-    Args:
-        num_clusters: A.
-        num_features: F.
-        num_classes: K, of the head in training. Only ``keeps_q`` makes buffers depend on it.
-        keeps_q: Keep log Q (A, K), which the literal Eq. 3 and the IB loss read with the label.
-
-    Attributes:
-        centroids: C (A, F).
-        temperature: T.
-        scores: R (A, A), times the update's scale.
-    """
-
-    def __init__(
-        self,
-        num_clusters: int,
-        num_features: int,
-        num_classes: int = 0,
-        keeps_q: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": torch.float32 if dtype is None else dtype}
-        self.register_buffer("centroids", torch.zeros(num_clusters, num_features, **dd))
-        self.register_buffer("temperature", torch.ones((), **dd))
-        self.register_buffer("scores", torch.zeros(num_clusters, num_clusters, **dd))
-        self.register_buffer("log_q", torch.zeros(num_clusters, num_classes, **dd) if keeps_q else None)
-        self.register_buffer("q_scale", torch.ones((), **dd) if keeps_q else None)
-
-    def reset_parameters(self) -> None:
-        """Back to the state before the first refresh."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        self.temperature.fill_(1.0)
-        if self.q_scale is not None:
-            self.q_scale.fill_(1.0)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """dir of pooled features x (B, F) -> (B, F), in float32 or more.
-
-        Args:
-            x: (B, F).
-            labels: (B,) or (B, K), for the literal Eq. 3 only.
-        """
-        x = at_least_float32(x)
-        centroids = self.centroids.to(x.dtype)
-        phi = assign(x, centroids, self.temperature.to(x.dtype))
-        if labels is not None and self.log_q is not None:
-            w = self._of_labels(labels, x.dtype) / self.q_scale.to(x.dtype)
-        else:
-            w = posterior_scores(phi, self.scores.to(x.dtype))
-        return direction(phi, w, centroids)
-
-    def _of_labels(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """log Q(a | y) (B, A) of labels (B,) or (B, K)."""
-        log_q = self.log_q.to(dtype).t()  # K A
-        return log_q[labels] if labels.ndim == 1 else labels.to(dtype) @ log_q
-
-    def label_term(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The part of IBB (Theorem 3.1) that depends on merged features: -1/n sum_ia phi_ia log Q(a | y_i), in nats.
-
-        The other part, of input features, is the same whatever the mask: phi's rows sum to 1.
-
-        Args:
-            x: (B, F) pooled merged features.
-            labels: (B,) or (B, K).
-        """
-        x = at_least_float32(x)
-        phi = assign(x, self.centroids.to(x.dtype), self.temperature.to(x.dtype))
-        return -(phi * self._of_labels(labels, x.dtype)).sum(dim=1).mean()
-
-    def extra_repr(self) -> str:
-        return f"clusters={self.centroids.shape[0]}, features={self.centroids.shape[1]}"
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != buffer.shape:
-                raise ValueError(
-                    f"{prefix}{name}: the checkpoint's clusters have shape {tuple(saved.shape)}, this model's have "
-                    f"{tuple(buffer.shape)}. Create the model with the num_clusters, cluster_dim and cluster_grid the "
-                    f"checkpoint was trained with, or delete all '{prefix}*' entries from it to start with new ones."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class RunningClusters:
@@ -202,6 +52,7 @@ class RunningClusters:
         self.clusters, self.num_classes = clusters, num_classes
         self.temperature, self.normalize = temperature, normalize
         self.size, self.seed = reservoir, seed
+        self.log_q: Tensor | None = None  # (A, K), of the last commit
         self.clear(0)
 
     def clear(self, epoch: int) -> None:
@@ -248,7 +99,11 @@ class RunningClusters:
         """Reservoir sampling (Vitter's algorithm R, a batch at a time), without waiting for the device."""
         position = torch.arange(self.seen, self.seen + x.shape[0])
         drawn = (torch.rand(x.shape[0], generator=self.generator, dtype=torch.double) * (position + 1)).long()
-        slot = torch.where(position < self.size, position, drawn).clamp_max(self.size).to(x.device)
+        slot = torch.where(position < self.size, position, drawn).clamp_max(self.size)
+        # of two that draw one place the later stays: an index written twice may get its features and labels from both
+        last = {place: i for i, place in enumerate(slot.tolist())}
+        stays = torch.tensor([last[place] == i for i, place in enumerate(slot.tolist())])
+        slot = torch.where(stays, slot, self.size).to(x.device)
         slot = torch.where(finite, slot, self.size)
         self.features[slot] = x
         self.labels[slot] = labels
@@ -332,13 +187,11 @@ class RunningClusters:
             joint, classes = torch.where(reseeded.unsqueeze(1), sampled * share, self.joint), self.classes
         log_q = class_conditional(joint, _SMOOTHING).log()
         prior = (classes + _SMOOTHING) / (classes + _SMOOTHING).sum()
-        if clusters.log_q is not None:
-            clusters.log_q.copy_(log_q)
+        self.log_q = log_q
         scores = cluster_scores(log_q, prior)
         if self.normalize:
             centroids = clusters.centroids.float()
             scale = direction(phi, posterior_scores(phi, scores), centroids).square().mean().sqrt()
             scores = scores / scale.clamp_min(_SCALE_FLOOR)
-            if clusters.q_scale is not None:
-                clusters.q_scale.copy_(scale.clamp_min(_SCALE_FLOOR))
         clusters.scores.copy_(scores)
+        clusters.committed(log_q)

@@ -1,0 +1,201 @@
+"""LTM's mask: slots are tokens, the least redundant ones; a learned update says how much the others count there.
+
+One letter per axis: B batch, N tokens, P slots, M = N - P tokens that lose their slot, A clusters, c cells, d width of what
+is clustered, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_ltm.methods.ltm.clusters import Clusters
+from timm_ltm.methods.ltm.update import mask_update, pool_slots
+from timm_ltm.reduction.lines import CELLS_PER_SIDE, Line, LineReducer
+from timm_ltm.reduction.masks import HardMask, SoftMask, hard_mask, soft_mask
+from timm_ltm.reduction.matching import order_by_redundancy
+from timm_ltm.reduction.reducer import Site, recomputing, register_method
+from timm_ltm.reduction.settings import Config, check_flag, check_number, check_whole
+from timm_ltm.reduction.tokens import Tokens, at_least_float32, fixed, one_hot, take
+
+__all__ = ["LTM", "Clustered", "LTMConfig", "TrainedConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedConfig(Config):
+    """What training with clusters adds to every form of LTM.
+
+    Args:
+        ib_loss_weight: Of the IB bound in the training loss, which :class:`timm_ltm.ClusterRefresh` adds under a timm
+            task, and offers as ``ib_loss`` to other loops. The authors' code has 0.1.
+        ib_loss_start_epoch: Epochs of training before that. The authors' code has 30 % of them.
+    """
+
+    ib_loss_weight: float = 0.0
+    ib_loss_start_epoch: int = 0
+    preset: str = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("ib_loss_weight", check_number("ib_loss_weight", self.ib_loss_weight, 0.0, at_least=True))
+        self._set("ib_loss_start_epoch", check_whole("ib_loss_start_epoch", self.ib_loss_start_epoch, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class LTMConfig(TrainedConfig):
+    """The settings of Learnable Token Merging, beside those that all methods share.
+
+    Args:
+        num_clusters: A, clusters of merged features per block.
+        cluster_dim: d, width of the projection that is clustered. None: 32, or 16 in blocks narrower than 256.
+        beta: Initial sharpness of destinations while training, learned per block: there a token is shared out by
+            softmax of beta times the cosine of keys. Otherwise each goes to its nearest anchor, as if beta were infinite.
+        proportional_attention: Attention to a token is in proportion to its size, as in ToMe: blocks behind a merge add
+            log sizes to the logits.
+        update: Apply the information-bottleneck update. ``False`` leaves anchors alone, and nothing to train.
+        preset: ``"paper"`` is the printed form, see :mod:`timm_ltm.methods.paper`.
+    """
+
+    num_clusters: int = 64
+    cluster_dim: int | None = None
+    beta: float = 1000.0
+    proportional_attention: bool = True
+    update: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("num_clusters", check_whole("num_clusters", self.num_clusters, 2))
+        if self.cluster_dim is not None:
+            self._set("cluster_dim", check_whole("cluster_dim", self.cluster_dim, 1))
+        self._set("beta", check_number("beta", self.beta, 0.0))
+        check_flag("proportional_attention", self.proportional_attention)
+        if not check_flag("update", self.update) and self.ib_loss_weight:
+            raise ValueError(
+                f"ib_loss_weight: got {self.ib_loss_weight!r}, expected 0 with update=False. Without it, nothing is "
+                "clustered."
+            )
+
+
+class Clustered:
+    """Mixin of reducers that cluster features: what they show to the refresh."""
+
+    def _observed(self, features: Tensor) -> None:
+        """Keep features (B, F) of a training batch for the refresh that asked; not again when they are recomputed."""
+        if self.training and self.observer is not None and not recomputing():
+            self.observer.features = features if self.config.ib_loss_weight else features.detach()
+
+    def collected(self) -> dict[str, Any]:
+        """How what is collected becomes clusters: arguments of :class:`RunningClusters`."""
+        return {}
+
+
+@register_method("ltm")
+class LTM(Clustered, LineReducer):
+    """Learnable Token Merging: the P least redundant tokens are anchors and keep their slots; the others go to them.
+
+    The update is one step along minus the gradient of the IB bound (Eq. 3, simplified exactly in
+    :mod:`timm_ltm.methods.ltm.update`), from features pooled by position onto a coarse grid of cells.
+
+    Attributes:
+        clusters: Of pooled features.
+    """
+
+    Config = LTMConfig
+
+    def __init__(
+        self, site: Site, amount: float, config: LTMConfig, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(site, amount, config, device, dtype)
+        self.collects = config.update
+        if not config.update:
+            return
+        dd = {"device": device, "dtype": dtype}
+        d = self.cluster_dim = config.cluster_dim or (32 if site.dim >= 256 else 16)
+        self.num_cells = CELLS_PER_SIDE**2
+        self.log_beta = nn.Parameter(torch.empty((), **dd))
+        self.eta = nn.Parameter(torch.empty((), **dd))
+        self.proj = nn.Linear(site.dim, d, bias=False, **dd)
+        self.mlp = nn.Linear(d, d, **dd)
+        self.clusters = Clusters(config.num_clusters, self.num_cells * d, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values: timm's for ViT's linear layers, and no clusters yet."""
+        if not self.config.update:
+            return
+        with torch.no_grad():
+            self.log_beta.fill_(math.log(self.config.beta))
+            self.eta.fill_(1.0)
+        for module in (self.proj, self.mlp):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.mlp.bias)
+        self.clusters.reset_parameters()
+
+    @classmethod
+    def weighs(cls, config: LTMConfig) -> bool:
+        return config.proportional_attention
+
+    def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
+        with torch.no_grad():
+            order = order_by_redundancy(line.unit, num_slots)
+        P, unit = num_slots, take(line.unit, order)
+        similarity = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
+        own: Tensor | None = None
+        rest: Tensor | None = None
+        if line.advice is not None:
+            own, rest = _in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
+            similarity = at_least_float32(self.log_beta).exp() * similarity
+            if self.training:
+                return soft_mask(order, similarity, line.size, own, rest)
+            similarity = similarity + rest
+        slot = similarity.argmax(dim=2)  # B M
+        rest = rest.gather(2, slot.unsqueeze(2)).squeeze(2) if rest is not None else None
+        return hard_mask(order, slot, line.size, P, own, rest)
+
+    def advice(self, z: Tensor, tokens: Tokens) -> Tensor | None:
+        """Eq. 3 (B, N, c): how the log weight of each token changes in slots of each cell. None without an update."""
+        if not self.config.update:
+            return None
+        values = self._values(z)
+        # MLP of Eq. 3: two linear layers with a ReLU between, of which the projection is the first
+        step = at_least_float32(self.mlp(F.relu(values)))
+        of_cells = self._direction(at_least_float32(values), tokens)
+        return mask_update(step, of_cells, at_least_float32(self.eta))
+
+    def observe(self, z: Tensor, tokens: Tokens) -> None:
+        if self.config.update:
+            self._direction(at_least_float32(self._values(z)), tokens)
+
+    def _values(self, z: Tensor) -> Tensor:
+        """What is clustered (B, N, d): a projection of the tokens, each normalised before merging, which stays linear."""
+        return F.layer_norm(self.proj(self.of_image(z)), (self.cluster_dim,))
+
+    def _direction(self, values: Tensor, tokens: Tokens) -> Tensor:
+        """dir of Eq. 3 (B, c, d), one per cell.
+
+        Eq. 3 starts from the features merged by the mask before. This block's tokens are the slots of the block before:
+        pooled onto cells they are those features, before this block merges. A slot takes the direction of its cell; its
+        share in the pooling is left to the step size, and T to the scale of R.
+        """
+        pooled = pool_slots(values, tokens.cells(CELLS_PER_SIDE), self.num_cells, tokens.size)[0]
+        flat = pooled.flatten(1)  # B c d -> B (c d)
+        self._observed(flat)
+        return self.clusters(flat).reshape(-1, self.num_cells, self.cluster_dim)
+
+
+def _in_slots(update: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 3 where it is read: each anchor in its own slot (B, P), the others in every slot (B, M, P).
+
+    Args:
+        update: (B, N, c) of every token for every cell: anchors first, then the others.
+        cells: (B, P) of the slots.
+    """
+    P = fixed(cells.shape[1])
+    own, rest = update[:, :P], update[:, P:]
+    of_slots = one_hot(cells, fixed(update.shape[2]), update.dtype)  # B P c
+    return (own * of_slots).sum(dim=2), rest @ of_slots.transpose(1, 2)

@@ -1,0 +1,84 @@
+"""ToMe: 'Token Merging: Your ViT But Faster', Bolya et al., ICLR 2023, written from the paper.
+
+Of tokens in alternation, those of the one half that resemble one of the other half most are averaged into it, weighted by
+size (Section 3.2); attention behind is in proportion to sizes (Eq. 1 there). Prefix tokens are kept. Along the lines of a
+map it merges the same number in every row and in every column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from timm_ltm.reduction.lines import Line, LineReducer
+from timm_ltm.reduction.masks import HardMask, hard_mask
+from timm_ltm.reduction.matching import bipartite_order
+from timm_ltm.reduction.reducer import register_method
+from timm_ltm.reduction.settings import Config, check_whole, num_slots, spread
+
+__all__ = ["ToMe", "ToMeConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToMeConfig(Config):
+    """The settings of ToMe, beside those that all methods share.
+
+    Args:
+        r: Tokens that every block merges away, one number or one per block, in place of ``compression_ratio``; for
+            sequences of tokens. At most half of a block's tokens go, whatever it says.
+    """
+
+    r: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is None:
+            return
+        if self.compression_ratio is not None:
+            raise ValueError("r: got one beside compression_ratio, expected one of them. Leave out the other.")
+        several = isinstance(self.r, Iterable) and not isinstance(self.r, (str, dict))
+        checked = tuple(check_whole("r", r, 0) for r in (self.r if several else (self.r,)))
+        self._set("r", checked if several else checked[0])
+
+    def amounts(self, depths: Sequence[int], default: Sequence[float]) -> tuple[float, ...]:
+        """As for all methods; of ``r``, minus the number of tokens that go."""
+        if self.r is None:
+            return super().amounts(depths, default)
+        return tuple(-r or 1.0 for r in spread(self.r, depths, "r", "Use 0 for blocks that must not merge."))
+
+    def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
+        if self.r is None:
+            return super().schedule(amounts)
+        return {"r": [0 if amount == 1 else int(-amount) for amount in amounts]}
+
+
+@register_method("tome")
+class ToMe(LineReducer):
+    """Bipartite soft matching on the mean attention keys."""
+
+    Config = ToMeConfig
+
+    @classmethod
+    def weighs(cls, config: Config) -> bool:
+        return True
+
+    def num_slots(self, num_tokens: int) -> int:
+        """At least half of the tokens stay."""
+        wanted = num_tokens + int(self.amount) if self.amount < 0 else num_slots(num_tokens, self.amount)
+        return max(wanted, num_tokens - num_tokens // 2)
+
+    def side_slots(self, num_tokens: int) -> int:
+        if self.amount < 0:
+            raise ValueError(
+                f"r: got {-int(self.amount)} for a model whose tokens are a map, expected a share of it. Use "
+                "compression_ratio."
+            )
+        return max(super().side_slots(num_tokens), num_tokens - num_tokens // 2)
+
+    def choose(self, line: Line, num_slots: int) -> HardMask:
+        with torch.no_grad():
+            order, slot = bipartite_order(line.unit, num_slots)
+        return hard_mask(order, slot, line.size, num_slots)

@@ -1,0 +1,76 @@
+"""timm's attention of sequences, that also tells its keys: no hook of timm's gives them before they are rotated.
+
+One letter per axis: B batch, h heads, N tokens, K width of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat, maybe_add_mask
+from timm.models import beit
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+__all__ = ["attend", "has_keys"]
+
+_KNOWN = (Attention, AttentionRope, EvaAttention, beit.Attention)
+
+
+def has_keys(attn: nn.Module) -> bool:
+    """Whether keys can be read of this attention: it is one of timm's, or has a fused projection of linear keys."""
+    return type(attn) in _KNOWN or getattr(attn, "qkv", None) is not None
+
+
+def attend(
+    attn: nn.Module, x: Tensor, bias: Tensor | None = None, rope: Tensor | None = None, prefix: int = 0
+) -> tuple[Tensor, Tensor]:
+    """timm's attention of x (B, N, D), and the mean over heads of its keys.
+
+    Args:
+        attn: timm's module.
+        x: (B, N, D).
+        bias: Added to the logits, (B, 1, 1, N).
+        rope: Rotary positions of the tokens behind the prefix, as timm's attention takes them.
+        prefix: Tokens in front whose keys are not wanted.
+
+    Returns:
+        (B, N, D), and keys (B, N - prefix, K) before rotation, without gradient.
+    """
+    if type(attn) not in _KNOWN:
+        k = attn.qkv(x.detach()).chunk(3, dim=2)[1].detach()
+        return attn(x, attn_mask=bias), k.unflatten(2, (attn.num_heads, -1)).mean(dim=2)[:, prefix:]
+    q, k, v = _project(attn, x)
+    keys = k.detach().mean(dim=1)[:, prefix:]
+    if rope is not None:
+        half, n = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
+        q, k = (
+            torch.cat((t[:, :, :n], apply_rot_embed_cat(t[:, :, n:], rope, half=half)), dim=2).type_as(v)
+            for t in (q, k)
+        )
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if attn.fused_attn:
+        y = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
+    else:
+        y = attn.attn_drop(maybe_add_mask(q * attn.scale @ k.transpose(-2, -1), bias).softmax(dim=-1)) @ v
+    y = y.transpose(1, 2).flatten(2)  # B h N K -> B N (h K)
+    y = attn.norm(y) if hasattr(attn, "norm") else y
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        y = y * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y)), keys
+
+
+def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, h, N, K), normalised where timm's are."""
+    if attn.qkv is None:
+        q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    else:
+        qkv = attn.qkv(x)
+        if getattr(attn, "q_bias", None) is not None:
+            qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        q, k, v = qkv.chunk(3, dim=2)
+    heads = getattr(attn, "num_kv_heads", attn.num_heads)
+    q = q.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)  # B N (h K) -> B h N K
+    k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (k, v))
+    return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)

@@ -1,0 +1,337 @@
+"""What reducing models of every timm family share: planting reducers, the switch, warm-up, and what checkpoints carry.
+
+torch.fx reads the annotations of forward passes, hence none of them postponed.
+"""
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from timm_ltm.models.saved import Reduction, Saved
+from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method
+
+__all__ = ["MergeMasks", "ReducedModel", "known_arguments", "owner_of", "owners", "plain_class"]
+
+
+class Owner(Protocol):
+    """What :mod:`timm_ltm.training` registers for a model that it trains."""
+
+    def on_mode(self, model: "ReducedModel", mode: bool) -> None: ...
+
+    def on_loaded(self, model: "ReducedModel") -> None: ...
+
+
+# One owner of each model's refresh; weak, so that neither keeps the other alive.
+owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Owner]]" = weakref.WeakKeyDictionary()
+on_created: list[Callable[["ReducedModel"], None]] = []  # training.py asks to be told of models to attach to
+
+
+def owner_of(model: nn.Module) -> Owner | None:
+    """Who refreshes this model while it trains."""
+    reference = owners.get(model)
+    return reference() if reference is not None else None
+
+
+class MergeMasks(NamedTuple):
+    """The masks of a batch of images, one entry per block that merges.
+
+    Attributes:
+        blocks: Their indices among the model's transformer blocks, as in ``compression_ratio``.
+        masks: G (B, N, P) of each, columns sum to 1. N of a map is H W, row by row.
+        accumulated: (B, H W, P) of each: the weight of every input token in every merged one, columns sum to 1. Input
+            tokens are the image's patches; in models with stages, those of the map the stage began with.
+        grids: (H, W) of these input tokens.
+    """
+
+    blocks: list[int]
+    masks: list[Tensor]
+    accumulated: list[Tensor]
+    grids: list[tuple[int, int]]
+
+
+def _load(model: "ReducedModel", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: settings that nobody told otherwise are the checkpoint's; a plain checkpoint is filled in."""
+    model._take_over(state_dict, prefix)
+
+
+def _loaded(model: "ReducedModel", _: Any) -> None:
+    model._read_epoch()
+    owner = owner_of(model)
+    if owner is not None:
+        owner.on_loaded(model)
+
+
+class ReducedModel(Saved):
+    """Mixin of every reducing model, in front of timm's class. A family writes the methods that raise.
+
+    Attributes:
+        weighs_sizes: Attention of this family can be in proportion to sizes.
+        maps: Its tokens are maps.
+        windows: Its attention is in windows of a map.
+        out_indices: Of ``features_only``, timm's default for the family.
+        method: The method's name.
+        config: Its settings.
+        block_amounts: How much each transformer block merges, 1.0 for nothing.
+    """
+
+    weighs_sizes: ClassVar[bool] = True
+    maps: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+    out_indices: ClassVar[Any] = 3
+    collecting: bool = False
+
+    # What a family writes
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        """Before adopting a timm model.
+
+        Raises:
+            ValueError: Its blocks cannot merge; the reason is told.
+        """
+
+    def depths(self) -> list[int]:
+        """Transformer blocks of each stage; of a model without stages, one number."""
+        raise NotImplementedError
+
+    def default_ratios(self) -> tuple[float, ...]:
+        """The family's own schedule, one ratio per transformer block."""
+        raise NotImplementedError
+
+    def adopt(self) -> None:
+        """Make timm's blocks, and what calls them, the family's own classes."""
+        raise NotImplementedError
+
+    def plan(self, put: Callable[..., Any]) -> None:
+        """Call ``put(block, dim, tokens, first, parts)`` for every transformer block in order; it returns what is left.
+
+        ``tokens`` are N, or (H, W), that the block sees at the model's input size; ``first`` begins a stage.
+        """
+        raise NotImplementedError
+
+    # Planting
+
+    def become(self, method: str, settings: dict[str, Any]) -> "ReducedModel":
+        """After adopting the class: adopt the blocks and plant the reducers of a method."""
+        device = next((p.device for p in self.parameters()), None)
+        cls, config = find_method(method, settings)
+        self.adopt()
+        self.reduction = Reduction(dict(settings), device)
+        self._forced: bool | None = None
+        self._warned = False
+        self._merging = False
+        self._plant(cls, config)
+        self.register_load_state_dict_pre_hook(_load)
+        self.register_load_state_dict_post_hook(_loaded)
+        for callback in on_created:
+            callback(self)
+        return self
+
+    def _plant(self, cls: type[Reducer], config: Config) -> None:
+        """Give blocks their reducers: after timm's own initialisation, whose random numbers are the plain model's."""
+        self._check_method(cls)
+        self.method, self.config = cls.method, config
+        default = config.default_ratios(self.depths(), self.maps) or self.default_ratios()
+        self.block_amounts = config.amounts(self.depths(), default)
+        amounts, behind, merges = iter(enumerate(self.block_amounts)), False, False
+        fresh = True  # no reducer yet in this stage
+
+        def put(block: nn.Module, dim: int, tokens: Any, first: bool = False, parts: int = 1) -> Any:
+            nonlocal behind, fresh, merges
+            index, amount = next(amounts)
+            fresh = fresh or first
+            block.reducer, block.behind, block.parts = None, behind, parts
+            block.weighs = cls.weighs(config) and self.weighs_sizes
+            block.num_prefix_tokens = getattr(self, "num_prefix_tokens", 0)
+            if amount == 1:
+                return tokens
+            site = Site(dim, tokens, index, fresh, self.num_classes, parts)
+            like = next(block.parameters())
+            block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
+            left = block.reducer.slots(tokens)
+            behind, fresh, merges = True, False, merges or left != tokens
+            return left
+
+        self.plan(put)
+        if behind and not merges:
+            warnings.warn(
+                f"compression_ratio: {self.config.compression_ratio} merges nothing at this input size, where the number "
+                "of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a block.",
+                stacklevel=4,
+            )
+        self.reduction.write({"method": self.method, **self._settings()})
+        self._read_epoch()
+
+    def _check_method(self, cls: type[Reducer]) -> None:
+        name = plain_class(type(self)).__name__
+        if (self.maps and not cls.maps) or (self.windows and not cls.windows):
+            raise ValueError(
+                f"method: got {cls.method} ({cls.__name__}) for {name}, expected one that keeps "
+                f"{'windows of a map' if self.windows else 'a map a map'}. Use another method or model."
+            )
+        told = self.reduction.told
+        if "proportional_attention" in told and not self.weighs_sizes:
+            raise ValueError(
+                f"proportional_attention: got {told['proportional_attention']!r} for {name}, whose attention cannot be in "
+                "proportion to sizes, expected none. Leave it out."
+            )
+
+    def reducers(self) -> Iterator[tuple[str, Reducer]]:
+        """The blocks' reducers by name, in the order they run."""
+        for name, module in self.named_modules():
+            if isinstance(module, Reducer):
+                yield name, module
+
+    # The switch
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of training behind, as last read from the model's buffer."""
+        return self._epoch
+
+    @property
+    def merging(self) -> bool:
+        """Whether a forward pass merges now."""
+        return self._merging
+
+    def set_merging(self, enable: bool | None = True) -> None:
+        """Switch merging on or off. Off, the model is the plain timm model, bit for bit.
+
+        Args:
+            enable: ``None`` returns to the schedule: on after ``merge_warmup_epochs``.
+        """
+        if enable is not None and not isinstance(enable, bool):
+            raise ValueError(f"enable: got {enable!r}, expected True, False, or None for the schedule's.")
+        self._forced = enable
+        self._read_epoch()
+
+    def _read_epoch(self) -> None:
+        epoch = self.reduction.epoch
+        self._epoch = 0 if epoch.is_meta else int(epoch)
+        # a plain flag: torch.compile would compile anew for every value of a counter
+        after_warmup = self._epoch >= self.config.merge_warmup_epochs
+        reduces = any(amount != 1 for amount in self.block_amounts)
+        self._merging = reduces and (after_warmup if self._forced is None else self._forced)
+
+    def train(self, mode: bool = True) -> "ReducedModel":
+        self._read_epoch()  # an EMA copy's buffers change behind its back
+        owner = owner_of(self)
+        if owner is not None:
+            owner.on_mode(self, mode)
+        return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for callback in on_created:  # a copy, or unpickled
+            callback(self)
+
+    # Training
+
+    def needs_refresh(self) -> bool:
+        """Whether training it needs somebody who counts its epochs or collects its features."""
+        warming = self._forced is None and self._epoch < self.config.merge_warmup_epochs
+        return warming or any(reducer.collects for _, reducer in self.reducers())
+
+    def set_collecting(self, enable: bool) -> None:
+        """Whether training batches are shown to reducers in warm-up too. The refresh calls this."""
+        self.collecting = enable
+
+    def observers(self, new: bool) -> dict[str, Observer]:
+        """Give the reducers that collect new observers, or take theirs away."""
+        made = {}
+        for name, reducer in self.reducers():
+            reducer.observer = None
+            if new and reducer.collects:
+                made[name] = reducer.observer = Observer()
+        return made
+
+    def _observes(self) -> bool:
+        """Merge nothing, but show the features to the refresh."""
+        return self.collecting and self.training and not self.merging
+
+    def _check_tended(self) -> None:
+        """In a forward pass of training: say once that nobody counts epochs and collects."""
+        if not self.training or torch.compiler.is_compiling() or self._warned or not torch.is_grad_enabled():
+            return
+        if owner_of(self) is None and self.needs_refresh():
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} trains without a refresh: "
+                + (
+                    f"merging, planned after {self.config.merge_warmup_epochs} epochs, will never start. "
+                    if self._epoch < self.config.merge_warmup_epochs
+                    else "its clusters are never updated, so the learned part stays at zero. "
+                )
+                + "Train it under a timm task, or with refresh = timm_ltm.ClusterRefresh(model), refresh.step(targets) "
+                "after each batch and refresh.epoch_end().",
+                stacklevel=3,
+            )
+
+    def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
+        """Add zero times every parameter of reducers: DistributedDataParallel wants gradients of all, also in warm-up."""
+        self._check_tended()
+        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            first = [p.flatten()[:1] for _, reducer in self.reducers() for p in reducer.parameters()]
+            if first:
+                x = x + 0.0 * torch.cat(first).sum().to(x.dtype)
+        return x
+
+    # Reports, heads, export
+
+    def forward_masks(self, x: Tensor) -> MergeMasks:
+        """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the input's tokens.
+
+        Merges whether merging is on or not: a model in warm-up shows what it would do. What a refresh waits for stays.
+        """
+        found = MergeMasks([], [], [], [])
+
+        def keep(reducer: Reducer, args: tuple[Any, ...], output: tuple[Tensor, Tokens]) -> None:
+            tokens = output[1]
+            found.blocks.append(reducer.site.index)
+            found.masks.append(tokens.masks[-1].dense())
+            whole = found.masks[-1] if len(tokens.masks) == 1 else found.accumulated[-1] @ found.masks[-1]
+            found.accumulated.append(whole)  # B (H W) P
+            found.grids.append(tokens.start)
+
+        forced, reducers = self._forced, [reducer for _, reducer in self.reducers()]
+        observers = [reducer.observer for reducer in reducers]
+        hooks = [reducer.register_forward_hook(keep) for reducer in reducers]
+        try:
+            for reducer in reducers:
+                reducer.observer = None
+            self.set_merging(True)
+            self.forward_features(x)
+        finally:
+            self.set_merging(forced)
+            for reducer, observer, hook in zip(reducers, observers, hooks, strict=True):
+                reducer.observer = observer
+                hook.remove()
+        return found
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        super().reset_classifier(num_classes, *args, **kwargs)
+        for _, reducer in self.reducers():
+            reducer.reset_classes(num_classes)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            f"{type(self).__name__}: TorchScript is deprecated by torch and does not take a model that merges. Use "
+            "torch.export, torch.onnx.export or torch.compile."
+        )
+
+
+def plain_class(cls: type) -> type[nn.Module]:
+    """timm's class behind a reduced one."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("timm."))
+
+
+def known_arguments(cls: type) -> set[str]:
+    """The names of the arguments of timm's class behind a reduced one."""
+    classes = [base for base in cls.__mro__ if base.__module__.startswith("timm.")]
+    return {name for base in classes for name in inspect.signature(base.__init__).parameters}

@@ -1,0 +1,115 @@
+"""A family's block that merges: attention, merge, the rest.
+
+torch.fx reads the annotations of forward passes, hence none of them postponed.
+"""
+
+from typing import Any
+
+from timm.layers import register_notrace_module
+from timm.models import checkpoint
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from timm_ltm.reduction import Reducer, Seen, Tokens
+
+__all__ = ["ReducedBlock", "run_block"]
+
+
+class ReducedBlock(nn.Module):
+    """Mixin of a family's block, in front of timm's class. The family writes :meth:`attend` and :meth:`rest`.
+
+    Attributes:
+        reducer: Merges this block's tokens, None where it does not.
+        behind: Tokens may come merged.
+        weighs: Attention is in proportion to their sizes then.
+        num_prefix_tokens: Class, register and distillation tokens in front.
+        parts: As of :class:`~timm_ltm.reduction.Site`.
+    """
+
+    reducer: Reducer | None
+    behind: bool
+    weighs: bool
+    num_prefix_tokens: int
+    parts: int
+
+    def forward(self, x: Tensor, *args: Any, tokens: Tokens | None = None, observe: bool = False, **kwargs: Any) -> Any:
+        """timm's forward without ``tokens``; with them, returns merged features and tokens.
+
+        Args:
+            x: As timm's block takes it.
+            *args, **kwargs: timm's, or what the family's ``attend`` takes beside.
+            tokens: What is known of the tokens.
+            observe: Merge nothing, only let the reducer look (warm-up).
+        """
+        if tokens is None:
+            return super().forward(x, *args, **kwargs)
+        return self.reduced(x, tokens, observe, **kwargs)
+
+    def reduced(self, x: Tensor, tokens: Tokens, observe: bool, **kwargs: Any) -> tuple[Tensor, Tokens]:
+        """:meth:`forward` with tokens: attention, merge, the rest."""
+        reducer, prefix = self.reducer, self.num_prefix_tokens
+        bias = None
+        if self.behind and self.weighs and not observe:
+            bias = tokens.log_sizes(prefix, self.parts).to(x.dtype)
+        z, keys = self.attend(x, tokens, bias, self.reads("keys") and not observe, **kwargs)
+        if reducer is not None and reducer.where == "between":
+            inputs = self.as_tokens(x)[:, prefix:] if self.reads("inputs") else None
+            z, tokens = reducer(z, tokens, Seen(keys, inputs), prefix, observe)
+        z = self.rest(z, tokens)
+        if reducer is not None and reducer.where == "behind":
+            z, tokens = reducer(z, tokens, Seen(keys), prefix, observe)
+        return z, tokens
+
+    def reads(self, what: str) -> bool:
+        """Whether the reducer needs a field of :class:`~timm_ltm.reduction.Seen`."""
+        return self.reducer is not None and what in self.reducer.needs
+
+    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention with its shortcut (B, prefix + N, D), and the keys (B, N, K) if they are asked for.
+
+        Args:
+            x: The block's input.
+            tokens: Of it.
+            bias: Added to the attention's logits.
+            keys: Whether keys are wanted.
+        """
+        raise NotImplementedError
+
+    def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
+        """What follows attention in the block, of tokens (B, prefix + P, D), as the block returns it."""
+        raise NotImplementedError
+
+    def as_tokens(self, x: Tensor) -> Tensor:
+        """The block's input as (B, prefix + N, D)."""
+        return x
+
+
+def run_block(
+    block: nn.Module, x: Tensor, tokens: Tokens, checkpointing: bool, observe: bool, **kwargs: Any
+) -> tuple[Tensor, Tokens]:
+    """One reduced block, its activations recomputed in the backward pass if ``checkpointing``."""
+    if not checkpointing:
+        return block(x, tokens=tokens, observe=observe, **kwargs)
+    flat, spec = pytree.tree_flatten((tokens, kwargs))
+    places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+    after: list[Any] = []
+
+    def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(flat)
+        for i, tensor in zip(places, tensors, strict=True):
+            leaves[i] = tensor
+        tokens, kwargs = pytree.tree_unflatten(leaves, spec)
+        x, tokens = block(x, tokens=tokens, observe=observe, **kwargs)
+        leaves, after_spec = pytree.tree_flatten(tokens)
+        after[:] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], after_spec
+        return x, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    # flat arguments and results: re-entrant checkpoints lose the gradients of nested ones
+    x, *tensors = checkpoint(run, x, *[flat[i] for i in places])
+    leaves, after_spec = after
+    given = iter(tensors)
+    return x, pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], after_spec)
+
+
+for _leaf in (Reducer, ReducedBlock):
+    register_notrace_module(_leaf)  # leaves of FX graphs: their shapes are counted, not traced

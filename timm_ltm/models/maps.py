@@ -1,0 +1,184 @@
+"""What reducing models share whose tokens are a map: Swin, MobileViT, EfficientViT.
+
+One letter per axis: B batch, D width, H W grid of timm's map, H' W' of the merged one.
+"""
+
+from typing import Any, ClassVar
+
+import torch.fx
+from timm.layers import register_notrace_module
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from timm_ltm.models.base import ReducedModel
+from timm_ltm.reduction import Placement, Tokens, initial_tokens
+
+__all__ = ["MapModel", "ReducedStage", "map_tokens", "to_map"]
+
+
+class ReducedStage(nn.Module):
+    """Mixin of a timm module that leads through blocks with maps. The family writes :meth:`merged`. A leaf of FX graphs."""
+
+    def forward(self, x: Tensor, placement: Placement | None = None, merge: bool = False, observe: bool = False) -> Any:
+        """timm's forward; with ``merge`` or ``observe``, returns the map and where it lies.
+
+        Args:
+            x: The map, merged by the stages before.
+            placement: Where it lies on timm's, None if nothing has merged yet.
+            merge: Merge, or be told that stages before have merged.
+            observe: Merge nothing, only let reducers look (warm-up).
+        """
+        if not merge and not observe:
+            return super().forward(x)
+        return self.merged(x, placement, observe)
+
+    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
+        """The map behind this stage, and where it lies."""
+        raise NotImplementedError
+
+
+register_notrace_module(ReducedStage)
+
+
+class MapModel(ReducedModel):
+    """Mixin of models with stages. The family writes :meth:`stem`, :meth:`stage_modules` and :meth:`finish`.
+
+    What comes out has timm's shapes and integer reductions: maps that were merged are put back.
+    """
+
+    maps = True
+    weighs_sizes: ClassVar[bool] = False
+    channels_last: ClassVar[bool] = False
+    stem_features: ClassVar[int] = 0  # 1 where timm counts the stem's map as its first feature
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What is in front of the stages."""
+        raise NotImplementedError
+
+    def stage_modules(self) -> nn.Sequential:
+        """The stages."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What is behind the stages and before the head, token by token."""
+        return x
+
+    def forward_stages(self, x: Tensor, observe: bool = False) -> tuple[Tensor, Placement | None]:
+        """The merged map behind the last stage, before :meth:`finish`, and where it lies."""
+        self._check_tended()
+        x, placement = self.stem(x), None
+        for stage in self.stage_modules():
+            x, placement = self.run_stage(stage, x, placement, observe)
+        return x, placement
+
+    def run_stage(
+        self, stage: nn.Module, x: Tensor, placement: Placement | None, observe: bool
+    ) -> tuple[Tensor, Placement | None]:
+        """One stage; those that timm runs as they are lie in front of all merges."""
+        if isinstance(stage, ReducedStage):
+            return stage(x, placement, merge=not observe, observe=observe)
+        return stage(x), placement
+
+    @property
+    def merges_in_stages(self) -> bool:
+        """Whether any stage is a merging one: static, unlike a placement."""
+        return any(isinstance(stage, ReducedStage) for stage in self.stage_modules())
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """timm's: maps that were merged are put back."""
+        if self.merging:
+            x, placement = self.forward_stages(x)
+            return _put_back(placement, self.finish(x), self.channels_last)
+        if self._observes():
+            return self._keep_parameters_in_graph(self.finish(self.forward_stages(x, observe=True)[0]))
+        return self._keep_parameters_in_graph(super().forward_features(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """timm's. A mean is weighted by size in place of putting back."""
+        if not self.merging:
+            return super().forward(x)
+        x, placement = self.forward_stages(x)
+        x = self.finish(x)
+        if self.pool_type() == "avg":
+            x = _mean(placement, x, self.channels_last)  # a map of one token, the mean of all put back
+        else:
+            x = _put_back(placement, x, self.channels_last)
+        return self.forward_head(x)
+
+    def pool_type(self) -> str:
+        """How the head pools."""
+        return self.head.global_pool.pool_type
+
+    def forward_merged(self, x: Tensor) -> tuple[Tensor, Placement | None]:
+        """Merged maps as they are: features as timm's model lays them out, H' x W', and where they lie."""
+        x, placement = self.forward_stages(x)
+        return self.finish(x), placement
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """timm's; maps that were merged are put back."""
+        observe = self._observes()
+        if not self.merging and not observe:
+            return super().forward_intermediates(
+                self._keep_parameters_in_graph(x), indices, norm=norm, stop_early=stop_early, output_fmt=output_fmt,
+                intermediates_only=intermediates_only, **kwargs,
+            )  # fmt: skip
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW'. timm's model has no other.")
+        self._check_tended()
+        stages, first = self.stage_modules(), self.stem_features
+        taken, last = feature_take_indices(len(stages) + first, indices)
+        x, placement, maps = self.stem(x), None, []
+        if first and 0 in taken:
+            maps.append(x)
+        for i, stage in enumerate(stages, start=first):
+            if stop_early and i > last:
+                break
+            x, placement = self.run_stage(stage, x, placement, observe)
+            if i in taken:
+                y = self.finish(x) if norm and i == len(stages) + first - 1 and self.norm_is_last() else x
+                y = _put_back(placement, y, self.channels_last)
+                maps.append(y.permute(0, 3, 1, 2).contiguous() if self.channels_last else y)
+        if intermediates_only:
+            return maps
+        return _put_back(placement, self.finish(x), self.channels_last), maps
+
+    def norm_is_last(self) -> bool:
+        """Whether ``norm=True`` asks for :meth:`finish` on the last map."""
+        return False
+
+
+def map_tokens(x: Tensor, grid: tuple[int, int], parts: int = 1) -> Tokens:
+    """What is known of the tokens (B parts, H W, D) of a map at a stage's start."""
+    return initial_tokens(x, 0, grid, is_map=True, parts=parts)
+
+
+def to_map(x: Tensor, tokens: Tokens) -> Tensor:
+    """(B, H' W', D) -> (B, H', W', D)."""
+    assert tokens.grid is not None, "maps stay maps"
+    return x.unflatten(1, tokens.grid)
+
+
+@torch.fx.wrap
+def _put_back(placement: Placement | None, x: Tensor, channels_last: bool) -> Tensor:
+    if placement is None:
+        return x
+    if channels_last:
+        return placement.unmerge(x)
+    return placement.unmerge(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def _mean(placement: Placement | None, x: Tensor, channels_last: bool) -> Tensor:
+    if placement is None:
+        return x
+    x = placement.mean(x if channels_last else x.permute(0, 2, 3, 1))  # B D
+    return x[:, None, None] if channels_last else x[:, :, None, None]

@@ -1,0 +1,178 @@
+"""Every supported timm variant times every method that fits it, registered from timm's own registry.
+
+timm's entrypoints build the models and load the weights; what is built is adopted. No constant of timm is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, list_models, model_entrypoint
+from timm.models._pretrained import DefaultCfg
+from timm.models._registry import register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from timm_ltm.models.base import ReducedModel, known_arguments
+from timm_ltm.models.eva import ReducedEva
+from timm_ltm.models.vit import ReducedViT, ReducedViTDistilled
+from timm_ltm.reduction import METHODS
+from timm_ltm.reduction.reducer import setting_names
+from timm_ltm.reduction.settings import nearest, setting_error
+
+__all__ = ["ALIASES", "FAMILIES", "REFUSED", "convert", "refusal"]
+
+FAMILIES: dict[type[nn.Module], type[ReducedModel]] = {
+    VisionTransformer: ReducedViT,
+    VisionTransformerDistilled: ReducedViTDistilled,
+    Eva: ReducedEva,
+}
+# timm's modules of each family, whose variants are registered
+MODULES: dict[str, type[ReducedModel]] = {
+    "vision_transformer": ReducedViT,
+    "deit": ReducedViT,
+    "eva": ReducedEva,
+}
+# Variants of these modules that cannot merge, and why
+REFUSED: dict[str, str] = {
+    "vit_*_18x2_*": "parallel blocks: several attentions side by side, then several MLPs",
+    "vit_*_xp_*": "parallel blocks: attention and MLP side by side have no place between them",
+    "vit_*pwee_*": "parallel blocks: attention and MLP side by side have no place between them",
+    "vit_*_rpn_*": "post-norm residual blocks",
+    "eva02_enormous_*": "post-norm residual blocks",
+    "beit*": "relative position tables over fixed tokens",
+    "mobilevitv2_*": "linear attention without keys per head over all tokens",
+}
+# Short names
+ALIASES: dict[str, str] = {
+    "vit_test": "test_vit",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+}
+default_cfgs: dict[str, DefaultCfg] = {}  # timm's register_model reads it
+
+
+def refusal(name: str) -> str | None:
+    """Why a timm variant, by name, is not registered; None if it is."""
+    return next((reason for pattern, reason in REFUSED.items() if fnmatch.fnmatch(name, pattern)), None)
+
+
+def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedModel:
+    """A timm model in hand as one that merges tokens, sharing its parameters. The given model stays as it is.
+
+    Args:
+        model: Of timm's ViT, DeiT, EVA, Swin, MobileViT or EfficientViT, whatever it was trained on.
+        method: The method's name, see ``timm_ltm.METHODS``.
+        **settings: The method's, ``compression_ratio=0.9`` for example.
+
+    Returns:
+        A new model of timm's class, merging, in the given model's mode.
+
+    Raises:
+        ValueError: The model or a setting does not fit; the reason is told.
+    """
+    if type(model) not in FAMILIES:
+        names = ", ".join(cls.__name__ for cls in FAMILIES)
+        wrapped = (
+            " Convert the model itself, then wrap it." if any(type(m) in FAMILIES for m in model.modules()) else ""
+        )
+        raise setting_error("model", type(model).__name__, f"one of timm's {names}", f"Use one of these.{wrapped}")
+    shared = {id(p): p for p in model.parameters()}
+    return _adopted(copy.deepcopy(model, shared), method, settings)
+
+
+def _adopted(model: nn.Module, method: str, settings: dict[str, Any]) -> ReducedModel:
+    """A model of ours alone as its family's class, with reducers."""
+    family = FAMILIES.get(type(model))
+    if family is None:
+        raise setting_error("model", type(model).__name__, "timm's class of its family", "Leave out what changes it.")
+    family.check(model)
+    model.__class__ = family
+    return model.become(method, settings)
+
+
+def _split(method: str, family: type[ReducedModel], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's settings and timm's arguments, apart.
+
+    Raises:
+        ValueError: One is neither, and reads like a setting.
+    """
+    names = setting_names(METHODS[method])
+    timms = {name: value for name, value in kwargs.items() if name not in names}
+    known = known_arguments(family)
+    for name in timms:
+        if name not in known and nearest(name, names):
+            raise ValueError(f"{name}: neither {method} nor timm has such a setting. {nearest(name, names)}")
+    return {name: value for name, value in kwargs.items() if name in names}, timms
+
+
+def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) -> Callable[..., nn.Module]:
+    """timm's entrypoint of ``plain`` as one of a merging model."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        settings, timms = _split(method, family, kwargs)
+        timms.setdefault("out_indices", family.out_indices) if timms.get("features_only") else None
+        cfg = timms.get("pretrained_cfg")
+        # weights of timm's registry are loaded by timm's own entrypoint, as it loads the plain model's
+        of_timm = pretrained and not isinstance(cfg, dict) and not timms.get("pretrained_cfg_overlay")
+
+        def make(**model_args: Any) -> ReducedModel:
+            source = {"pretrained": True, "pretrained_cfg": cfg, "cache_dir": timms.get("cache_dir")} if of_timm else {}
+            return _adopted(model_entrypoint(plain)(**source, **model_args), method, settings)
+
+        return build_model_with_cfg(
+            make,
+            name,
+            pretrained and not of_timm,
+            pretrained_filter_fn=_filter_of(plain),
+            feature_cfg={"feature_cls": "getter"},
+            **timms,
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__
+    entry.__doc__ = f"{method} on timm's ``{plain}``."
+    return entry
+
+
+def _filter_of(plain: str) -> Callable[..., Any]:
+    """The checkpoint filter of timm's module for everything but what is ours."""
+    module = sys.modules[model_entrypoint(plain).__module__]
+    filter_fn = getattr(module, "checkpoint_filter_fn", None)
+
+    def keep_ours(state_dict: dict[str, Any], model: ReducedModel) -> dict[str, Any]:
+        ours = {name: v for name, v in state_dict.items() if ".reducer." in name or name.startswith("reduction.")}
+        theirs = {name: v for name, v in state_dict.items() if name not in ours}
+        return {**(filter_fn(theirs, model) if filter_fn is not None else theirs), **ours}
+
+    return keep_ours
+
+
+def _register() -> None:
+    short = {}
+    for alias, plain in ALIASES.items():
+        short.setdefault(plain, []).append(alias)
+    for module, family in MODULES.items():
+        for plain in list_models(module=module):
+            if refusal(plain):
+                continue
+            cfgs = {cfg.tag or "": cfg for cfg in get_arch_pretrained_cfgs(plain).values()}
+            for method, cls in METHODS.items():
+                if (family.maps and not cls.maps) or (family.windows and not cls.windows):
+                    continue
+                for name in (plain, *short.get(plain, [])):
+                    name = f"{method}_{name}"
+                    entry = _entrypoint(method, plain, name, family)
+                    default_cfgs[name] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=True)
+                    setattr(sys.modules[__name__], name, register_model(entry))
+
+
+_register()

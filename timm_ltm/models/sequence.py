@@ -1,0 +1,181 @@
+"""What reducing models share whose tokens are a sequence: ViT, EVA, BEiT."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from timm_ltm.models.attention import has_keys
+from timm_ltm.models.base import ReducedModel
+from timm_ltm.models.block import run_block
+from timm_ltm.reduction import Tokens
+
+__all__ = ["SequenceModel", "every_second_block"]
+
+
+@torch.fx.wrap  # FX's placeholders are not masks
+def no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ValueError if attention is asked to be masked."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "attn_mask or is_causal: got one with merging on, expected neither: a mask over N tokens does not fit "
+            "merged ones. Call model.set_merging(False) first."
+        )
+
+
+def every_second_block(depth: int, left: float) -> tuple[float, ...]:
+    """Ratios that merge in every second block behind the first third, the same share each, ``left`` of them at last.
+
+    On a real ViT-S/14 as near the plain model's tokens as merging in every block there, with half as many merges, each
+    of which has a fixed cost.
+    """
+    first = depth // 3
+    merges = len(range(first, depth, 2))
+    return tuple(left ** (1 / merges) if i >= first and (i - first) % 2 == 0 else 1.0 for i in range(depth))
+
+
+class SequenceModel(ReducedModel):
+    """Mixin of models with ``blocks`` over tokens (B, prefix + N, D). The family writes :meth:`embed`.
+
+    What comes out has timm's shapes: tokens that were merged are put back where they came from.
+    """
+
+    block_class: type[nn.Module]
+    plain_block: type[nn.Module]
+    rotates: bool = False
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        for i, block in enumerate(model.blocks):
+            if type(block) is not cls.plain_block:
+                raise ValueError(
+                    f"blocks.{i}: got {type(block).__name__}, expected timm's {cls.plain_block.__name__}: merging goes "
+                    "between attention and MLP, where this block has no such place. Use another model."
+                )
+            if not has_keys(block.attn):
+                raise ValueError(
+                    f"blocks.{i}.attn: got {type(block.attn).__name__}, expected one whose keys can be read. Use timm's "
+                    "Attention."
+                )
+
+    def depths(self) -> list[int]:
+        return [len(self.blocks)]
+
+    def default_ratios(self) -> tuple[float, ...]:
+        return every_second_block(len(self.blocks), 0.45)
+
+    def adopt(self) -> None:
+        for block in self.blocks:
+            block.__class__ = self.block_class
+
+    def plan(self, put: Callable[..., Any]) -> None:
+        tokens = self.patch_embed.num_patches
+        for block in self.blocks:
+            tokens = put(block, self.embed_dim, tokens)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tokens, list[Any]]:
+        """timm's steps in front of the blocks: features (B, prefix + N, D), tokens, and arguments for each block."""
+        raise NotImplementedError
+
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """(H, W) of the patches of images x."""
+        return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+
+    def forward_blocks(self, x: Tensor, observe: bool = False) -> tuple[Tensor, Tokens]:
+        """Merged features (B, prefix + P, D) behind the last block, before the norm, and tokens."""
+        self._check_tended()
+        x, tokens, arguments = self.embed(x)
+        for block, given in zip(self.blocks, arguments, strict=True):
+            x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe, **given)
+        return x, tokens
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """timm's: tokens that were merged are put back where they came from."""
+        if self.merging:
+            no_attention_mask(attn_mask, is_causal)
+            x, tokens = self.forward_blocks(x)
+            return _put_back(tokens, self.norm(x), self.num_prefix_tokens)
+        if self._observes() and attn_mask is None and not is_causal:
+            return self._keep_parameters_in_graph(self.norm(self.forward_blocks(x, observe=True)[0]))
+        x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self._keep_parameters_in_graph(x)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """timm's. What the head does not read is not put back, and a mean is weighted by size instead."""
+        if not self.merging:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        no_attention_mask(attn_mask, is_causal)
+        x, tokens = self.forward_blocks(x)
+        x, prefix = self.norm(x), self.num_prefix_tokens
+        pools = getattr(self, "attn_pool", None) is None and not getattr(self, "pool_include_prefix", False)
+        if pools and self.global_pool == "avg":
+            x = torch.cat((x[:, :prefix], _mean(tokens, x, prefix)), dim=1)  # whose mean is that of the tokens put back
+        elif not pools or self.global_pool != "token":
+            x = _put_back(tokens, x, prefix)
+        return self.forward_head(x)
+
+    def forward_merged(self, x: Tensor) -> tuple[Tensor, Tokens]:
+        """Merged tokens as they are, for what wants few: features (B, prefix + P, D), normalised as timm's, and tokens.
+
+        ``tokens.size`` (B, P) says how many patches each of the P stands for, ``tokens.anchor`` (B, P) at which patch of
+        the grid ``tokens.start`` (H, W) it lies, ``tokens.unmerge(x, num_prefix)`` puts them back.
+        """
+        x, tokens = self.forward_blocks(x)
+        return self.norm(x), tokens
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """timm's; tokens that were merged are put back where they came from."""
+        no_mask = not self.merging and kwargs.get("attn_mask") is None and not kwargs.get("is_causal", False)
+        observe = no_mask and self._observes()
+        if not self.merging and not observe:
+            return super().forward_intermediates(
+                self._keep_parameters_in_graph(x), indices, return_prefix_tokens=return_prefix_tokens, norm=norm,
+                stop_early=stop_early, output_fmt=output_fmt, intermediates_only=intermediates_only, **kwargs,
+            )  # fmt: skip
+        no_attention_mask(kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'. Use one of these.")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        grid, prefix = self.grid_of(x), self.num_prefix_tokens
+        self._check_tended()
+        x, tokens, arguments = self.embed(x)
+        maps, prefixes = [], []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe, **arguments[i])
+            if i in taken:
+                y = _put_back(tokens, self.norm(x) if norm else x, prefix)
+                prefixes.append(y[:, :prefix])
+                y = y[:, prefix:]
+                maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
+        final = None if intermediates_only else _put_back(tokens, self.norm(x), prefix)
+        if kwargs.get("output_dict"):
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens and prefix:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else {**result, "image_features": final}
+        if return_prefix_tokens and prefix:
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (final, maps)
+
+
+@torch.fx.wrap
+def _put_back(tokens: Tokens, x: Tensor, prefix: int) -> Tensor:
+    return tokens.unmerge(x, prefix)
+
+
+@torch.fx.wrap
+def _mean(tokens: Tokens, x: Tensor, prefix: int) -> Tensor:
+    return tokens.mean(x, prefix)

@@ -1,0 +1,308 @@
+"""A reduction as an object: what merges tokens, and puts them back (Section 3.1 of the paper).
+
+One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, H W grid. A mask
+G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z. What is put back goes the other
+way: a token gets the mean of the slots it went to, by the shares of it that went there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_ltm.reduction.tokens import fixed, one_hot, take
+
+__all__ = ["DenseMask", "GridMask", "HardMask", "Mask", "SoftMask", "hard_mask", "soft_mask"]
+
+
+class HardMask(NamedTuple):
+    """Slots are tokens (anchors), and every other token goes to one of them.
+
+    Attributes:
+        order: (B, N) token indices: the P anchors in token order, then the M others.
+        slot: (B, M) where the others go.
+        own: (B, P) weight of each anchor in its slot.
+        rest: (B, M) weight of the others in theirs.
+        size: (B, P) how many input tokens each slot stands for.
+    """
+
+    order: Tensor
+    slot: Tensor
+    own: Tensor
+    rest: Tensor
+    size: Tensor
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+        return _merge_anchored(x, self.order, self.own, self._rest(), num_prefix, parts)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D), a lookup."""
+        return take(x, self.slots())
+
+    def slots(self) -> Tensor:
+        """(B, N): the slot every token goes to."""
+        anchors = torch.arange(fixed(self.own.shape[1]), device=self.slot.device).expand(self.slot.shape[0], -1)
+        return torch.cat((anchors, self.slot), dim=1).gather(1, self.order.argsort(dim=1))
+
+    def anchors(self) -> Tensor:
+        """(B, P) token indices."""
+        return self.order[:, : self.own.shape[1]]
+
+    def dense(self) -> Tensor:
+        """G (B, N, P)."""
+        return _rows(self.order, torch.diag_embed(self.own), self._rest())
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return one_hot(self.slots(), fixed(self.own.shape[1]), self.own.dtype)
+
+    def _rest(self) -> Tensor:
+        return one_hot(self.slot, fixed(self.own.shape[1]), self.rest.dtype) * self.rest.unsqueeze(2)  # B M P
+
+
+class SoftMask(NamedTuple):
+    """Slots are tokens (anchors), and every other token is shared out among them.
+
+    Attributes:
+        order: (B, N) token indices: the P anchors in token order, then the M others.
+        to: (B, M, P) where the others go, rows sum to 1.
+        own: (B, P) weight of each anchor in its slot.
+        rest: (B, M, P) weights of the others. ``own + rest.sum(1)`` is 1.
+        size: (B, P) how many input tokens each slot stands for.
+    """
+
+    order: Tensor
+    to: Tensor
+    own: Tensor
+    rest: Tensor
+    size: Tensor
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+        return _merge_anchored(x, self.order, self.own, self.rest, num_prefix, parts)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
+        others = self.to.to(x.dtype) @ x
+        return take(torch.cat((x, others), dim=1), self.order.argsort(dim=1))
+
+    def anchors(self) -> Tensor:
+        """(B, P) token indices."""
+        return self.order[:, : self.own.shape[1]]
+
+    def dense(self) -> Tensor:
+        """G (B, N, P)."""
+        return _rows(self.order, torch.diag_embed(self.own), self.rest)
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return _rows(self.order, torch.diag_embed(torch.ones_like(self.own)), self.to)
+
+
+class DenseMask(NamedTuple):
+    """A mask with every entry of its own.
+
+    Attributes:
+        weights: (B, N, P), columns sum to 1.
+        to: (B, N, P), rows sum to 1.
+        columns: (B, P) or (P,) the token each slot has the place of.
+        size: (B, P) how many input tokens each slot stands for.
+        grid: (H', W') of slots that are a map.
+    """
+
+    weights: Tensor
+    to: Tensor
+    columns: Tensor
+    size: Tensor
+    grid: tuple[int, int] | None = None
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+        merged = _shared(self.weights, parts).to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
+        return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
+        return self.to.to(x.dtype) @ x
+
+    def anchors(self) -> Tensor:
+        """(B, P) token indices."""
+        return self.columns.expand(self.size.shape[0], -1)
+
+    def dense(self) -> Tensor:
+        """G (B, N, P)."""
+        return self.weights
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return self.to
+
+
+class GridMask(NamedTuple):
+    """The mask of a map that stays a map: all its rows are merged from W to W' tokens by one mask, then all columns.
+
+    Attributes:
+        rows: Merges W tokens of every row, None where they stay as they are.
+        columns: Merges H tokens of every column, None where they stay as they are.
+        start: (H, W).
+        grid: (H', W').
+        size: (B, H' W') how many input tokens each slot stands for.
+    """
+
+    rows: HardMask | SoftMask | None
+    columns: HardMask | SoftMask | None
+    start: tuple[int, int]
+    grid: tuple[int, int]
+    size: Tensor
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """G^T x: (B parts, H W, D) -> (B parts, H' W', D). A map has no prefix."""
+        assert not num_prefix, "maps have no prefix tokens"
+        H, W = self.start
+        H_, W_ = self.grid
+        D = fixed(x.shape[2])
+        if self.rows is not None:
+            x = self.rows.merge(x.reshape(-1, W, D), 0, H * parts)  # (B parts) (H W) D -> (B parts H) W' D
+        if self.columns is not None:
+            x = self.columns.merge(x.reshape(-1, H, W_ * D), 0, parts)  # -> (B parts) H (W' D) -> (B parts) H' (W' D)
+        return x.reshape(-1, H_ * W_, D)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, H' W', D) -> (B, H W, D)."""
+        (H, W), (_, W_), D = self.start, self.grid, fixed(x.shape[2])
+        if self.columns is not None:
+            x = self.columns.unmerge(x.reshape(x.shape[0], -1, W_ * D))  # B H' (W' D) -> B H (W' D)
+        if self.rows is not None:
+            x = x.reshape(-1, H, W_, D).transpose(1, 2).flatten(2)  # B H W' D -> B W' (H D)
+            x = self.rows.unmerge(x).unflatten(2, (H, D)).transpose(1, 2)  # B W (H D) -> B H W D
+        return x.reshape(-1, H * W, D)
+
+    def anchors(self) -> Tensor:
+        """(B, H' W') token indices among H W."""
+        rows, columns = self.axes("anchors")
+        return (columns.unsqueeze(2) * self.start[1] + rows.unsqueeze(1)).flatten(1)
+
+    def dense(self) -> Tensor:
+        """G (B, H W, H' W')."""
+        return self._product(*self.axes("dense"))
+
+    def destinations(self) -> Tensor:
+        """(B, H W, H' W'): the share of each token that goes to each slot, rows sum to 1."""
+        return self._product(*self.axes("destinations"))
+
+    def axes(self, what: str) -> tuple[Tensor, Tensor]:
+        """``anchors``, ``dense`` or ``destinations`` of the rows' mask and of the columns': identities where none is."""
+        B, device = self.size.shape[0], self.size.device
+        found = []
+        for mask, n in ((self.rows, self.start[1]), (self.columns, self.start[0])):
+            if mask is not None:
+                found.append(getattr(mask, what)())
+            elif what == "anchors":
+                found.append(torch.arange(n, device=device).expand(B, -1))
+            else:
+                found.append(torch.eye(n, dtype=self.size.dtype, device=device).expand(B, -1, -1))
+        return found[0], found[1]
+
+    @staticmethod
+    def _product(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.einsum("bwv,bhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)  # B (H W) (H' W')
+
+
+Mask = Union[HardMask, SoftMask, DenseMask, GridMask]
+
+
+def hard_mask(
+    order: Tensor, slot: Tensor, size: Tensor, num_slots: int, own: Tensor | None = None, rest: Tensor | None = None
+) -> HardMask:
+    """Averages weighted by size times exp of an update.
+
+    Args:
+        order: (B, N) the anchors, then the others.
+        slot: (B, M) where the others go.
+        size: (B, N) how many input tokens each token stands for.
+        num_slots: P.
+        own: (B, P) update of each anchor in its slot, None for none.
+        rest: (B, M) update of the others in theirs.
+    """
+    P = num_slots
+    size = size.gather(1, order)
+    to = one_hot(slot, P, size.dtype)  # B M P
+    own_weight, rest_weight = size[:, :P], size[:, P:]
+    merged = own_weight + (rest_weight.unsqueeze(1) @ to).squeeze(1)
+    total = merged
+    if own is not None and rest is not None:
+        own_weight, rest_weight = (
+            own_weight * own.clamp(-_BOUND, _BOUND).exp(),
+            rest_weight * rest.clamp(-_BOUND, _BOUND).exp(),
+        )
+        total = own_weight + (rest_weight.unsqueeze(1) @ to).squeeze(1)
+    return HardMask(order, slot, own_weight / total, rest_weight / total.gather(1, slot), merged)
+
+
+def soft_mask(
+    order: Tensor, logits: Tensor, size: Tensor, own: Tensor | None = None, rest: Tensor | None = None
+) -> SoftMask:
+    """The soft form of :func:`hard_mask`, which it nears as the logits grow sharp.
+
+    ``to = softmax_p(logits + u)``, weights ``size * to * exp(u)``, columns scaled to sum to 1: the update u decides where
+    a token goes and how much it counts there.
+
+    Args:
+        order: (B, N) the anchors, then the others.
+        logits: (B, M, P) of the others to the anchors.
+        size: (B, N) how many input tokens each token stands for.
+        own: (B, P) u of each anchor in its own slot.
+        rest: (B, M, P) u of the others in every slot.
+    """
+    floor = -40.0  # of logits below the largest: a sharp softmax leaves denormal numbers, with which CPUs crawl
+    P = fixed(logits.shape[2])
+    size = size.gather(1, order)
+    own_weight = size[:, :P]
+    if rest is not None:
+        rest = rest.clamp(-_BOUND, _BOUND)
+        logits = logits + rest
+    to = (logits - logits.amax(dim=2, keepdim=True)).clamp_min(floor).softmax(dim=2)
+    rest_weight = size[:, P:].unsqueeze(2) * to
+    merged = total = own_weight + rest_weight.sum(dim=1)
+    if own is not None and rest is not None:
+        own_weight, rest_weight = own_weight * own.clamp(-_BOUND, _BOUND).exp(), rest_weight * rest.exp()
+        total = own_weight + rest_weight.sum(dim=1)
+    return SoftMask(order, to, own_weight / total, rest_weight / total.unsqueeze(1), merged)
+
+
+_BOUND = 10.0  # of an update's log weights: e^10 is a slot to itself, and finite in half precision
+
+
+def _rows(order: Tensor, kept: Tensor, others: Tensor) -> Tensor:
+    return take(torch.cat((kept, others), dim=1), order.argsort(dim=1))  # B (P M) P in `order` -> B N P
+
+
+def _merge_anchored(x: Tensor, order: Tensor, own: Tensor, rest: Tensor, num_prefix: int, parts: int) -> Tensor:
+    """The anchors by their weights (B, P), plus the product with the others' (B, M, P)."""
+    N, P = fixed(order.shape[1]), fixed(own.shape[1])
+    own = _shared(own.unsqueeze(2), parts).to(x.dtype)
+    if num_prefix:  # prefix tokens are anchors that nobody is handed to
+        own = F.pad(own, (0, 0, num_prefix, 0), value=1.0)
+    if P == N:
+        return x * own  # by 1: the mask's parameters still get gradients, which DistributedDataParallel waits for
+    order = _shared(order.unsqueeze(2), parts).flatten(1)
+    rest = _shared(rest, parts).to(x.dtype)
+    if num_prefix:
+        rest = F.pad(rest, (num_prefix, 0))
+        prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
+        order = torch.cat((prefix, order + num_prefix), dim=1)
+    tokens = take(x, order)
+    kept, others = tokens[:, : P + num_prefix] * own, tokens[:, P + num_prefix :]
+    return kept.baddbmm_(rest.transpose(1, 2), others)
+
+
+def _shared(x: Tensor, parts: int) -> Tensor:
+    """x (B, N, P) for every one of an image's parts: (B parts, N, P)."""
+    if parts == 1:
+        return x
+    N, P = fixed(x.shape[1]), fixed(x.shape[2])
+    return x.unsqueeze(1).expand(-1, parts, -1, -1).reshape(-1, N, P)  # B S N P -> (B S) N P

@@ -1,0 +1,74 @@
+"""Which tokens are redundant, and the order that follows. Everything compares unit vectors, the mean attention keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from timm_ltm.reduction.tokens import fixed
+
+__all__ = ["bipartite_order", "order_by_redundancy", "redundancy", "unit_vectors"]
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """x (..., K) of length 1; a zero vector stays zero."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def redundancy(keys: Tensor) -> Tensor:
+    """How well another token could stand in for each token: the largest cosine similarity to another one.
+
+    Of two tokens that are each other's nearest, the first is ranked below all that are not the first of such a pair: of
+    two twins only one goes.
+
+    Args:
+        keys: (B, N, K) unit vectors.
+
+    Returns:
+        (B, N), in [-1, 1], or at most -3 for the first of a pair.
+    """
+    N = fixed(keys.shape[1])
+    if N < 2:
+        return keys.new_zeros(keys.shape[0], N)
+    index = torch.arange(N, device=keys.device)
+    similarity = keys @ keys.transpose(1, 2) - 4.0 * torch.eye(N, dtype=keys.dtype, device=keys.device)  # B N N
+    best, partner = similarity.max(dim=2)
+    first = (partner.gather(1, partner) == index) & (index < partner)
+    return best - 4.0 * first.to(best.dtype)
+
+
+def order_by_redundancy(keys: Tensor, num_slots: int) -> Tensor:
+    """(B, N) token indices: the ``num_slots`` least redundant (the anchors) in token order, then the others.
+
+    Args:
+        keys: (B, N, K) unit vectors.
+        num_slots: P.
+    """
+    ranked = redundancy(keys).topk(fixed(keys.shape[1]), dim=1, largest=False).indices
+    anchors = ranked[:, :num_slots].sort(dim=1).values
+    return torch.cat((anchors, ranked[:, num_slots:]), dim=1)
+
+
+def bipartite_order(keys: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching (Bolya et al., ICLR 2023, Section 3.2): of even tokens the most similar to an odd one go.
+
+    Args:
+        keys: (B, N, K) unit vectors.
+        num_slots: P, at least N // 2: only even tokens can go.
+
+    Returns:
+        (B, N) token indices, those that stay in token order, then those that go; and (B, M) the slots these go to.
+    """
+    N = fixed(keys.shape[1])
+    gone = N - num_slots
+    assert gone <= (N + 1) // 2 and (N > 1 or not gone), "more go than there are even tokens"
+    if not gone:
+        everyone = torch.arange(N, device=keys.device).expand(keys.shape[0], -1)
+        return everyone, everyone[:, :0]
+    best, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)  # B N/2 N/2 -> B N/2
+    ranked = best.topk(fixed(best.shape[1]), dim=1).indices  # even tokens, the most similar first
+    goes, to = 2 * ranked[:, :gone], 2 * partner.gather(1, ranked[:, :gone]) + 1
+    odd = torch.arange(1, N, 2, device=keys.device).expand(keys.shape[0], -1)
+    stays = torch.cat((2 * ranked[:, gone:], odd), dim=1).sort(dim=1).values
+    slot = to - (goes.unsqueeze(1) < to.unsqueeze(2)).sum(dim=2)  # as many places lower as tokens before it go
+    return torch.cat((stays, goes), dim=1), slot

@@ -1,0 +1,264 @@
+"""What a method writes, and the registry of methods. A method knows this package alone, and no model.
+
+One letter per axis: B batch, N tokens, P slots, D width, K width of the keys, H W grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_ltm.reduction.masks import Mask
+from timm_ltm.reduction.settings import Config, nearest, num_slots, setting_error
+from timm_ltm.reduction.tokens import Tokens, no_autocast
+
+__all__ = [
+    "METHODS",
+    "Config",
+    "Observer",
+    "Reducer",
+    "Seen",
+    "Site",
+    "find_method",
+    "recomputing",
+    "register_method",
+    "setting_names",
+]
+
+
+class Site(NamedTuple):
+    """Where in a model a reducer sits.
+
+    Attributes:
+        dim: D.
+        tokens: N, or (H, W) of a map, that the block sees at the model's own input size.
+        index: Of the block among the model's transformer blocks.
+        first: It is the first that merges, of the model or of a stage.
+        num_classes: Of the model's head, 0 without one.
+        parts: Rows of the input in a row that are of one image and merged alike (the pixels of MobileViT's patches).
+    """
+
+    dim: int
+    tokens: int | tuple[int, int]
+    index: int = 0
+    first: bool = True
+    num_classes: int = 0
+    parts: int = 1
+
+
+class Seen(NamedTuple):
+    """What a reducer may read of its block. A reducer gets what it :attr:`Reducer.needs`, None for the rest.
+
+    Attributes:
+        keys: (B parts, N, K) attention keys, the mean over heads, before any rotation, without gradient.
+        inputs: X (B parts, N, D), the block's input.
+    """
+
+    keys: Tensor | None = None
+    inputs: Tensor | None = None
+
+
+class Observer:
+    """What a refresh asks a reducer for while training, and what it tells it. It belongs to the refresh.
+
+    Attributes:
+        features: (B, F) of the last training batch, None once taken.
+        labels: (B, K) of the batch, for methods that read them.
+        fresh: Nothing was made of these labels yet but forward passes.
+
+    Copies of a model are not observed: deepcopy and pickle leave None in its place.
+    """
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.fresh = False
+
+    def take(self) -> Tensor | None:
+        """The features, once."""
+        features, self.features = self.features, None
+        return features
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def recomputing() -> bool:
+    """Whether this forward pass is torch.utils.checkpoint's, inside a backward pass: nothing is observed twice."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _nothing() -> None:
+    return None
+
+
+class Reducer(nn.Module):
+    """Merges the tokens of one block. A method subclasses it, gives a :class:`Config` and writes :meth:`mask`.
+
+    Args:
+        site: Where it sits.
+        amount: How much it merges, one of what :meth:`Config.amounts` returned: r of Section 3.1, P = ceil(r N), on maps
+            (ceil(H sqrt r), ceil(W sqrt r)).
+        config: The method's settings.
+        device, dtype: Of its parameters.
+
+    Attributes:
+        needs: Names of :class:`Seen` that it reads.
+        where: ``"between"`` attention and MLP, or ``"behind"`` the block.
+        anchored: Every slot has the place of one token: rotary positions can be looked up there.
+        maps: It reduces maps to maps.
+        windows: It reduces maps whose attention is in windows.
+        collects: It shows features to a refresh while training.
+        reads_labels: It reads the labels of its batch while training.
+        observer: Set by the refresh that collects from it.
+    """
+
+    Config: ClassVar[type[Config]] = Config
+    presets: ClassVar[dict[str, type[Reducer]]]
+    method: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    where: ClassVar[str] = "between"
+    anchored: ClassVar[bool] = True
+    maps: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+    collects: bool = False
+    reads_labels: ClassVar[bool] = False
+    observer: Observer | None = None
+
+    def __init__(
+        self, site: Site, amount: float, config: Config, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.site, self.amount, self.config = site, amount, config
+
+    @classmethod
+    def weighs(cls, config: Config) -> bool:
+        """Whether attention behind a merge is in proportion to sizes."""
+        return False
+
+    def slots(self, tokens: int | tuple[int, int]) -> int | tuple[int, int]:
+        """P of N tokens, (H', W') of a map (H, W)."""
+        if isinstance(tokens, tuple):
+            return self.side_slots(tokens[0]), self.side_slots(tokens[1])
+        return self.num_slots(tokens)
+
+    def num_slots(self, num_tokens: int) -> int:
+        """P = ceil(r N) of a sequence of N tokens."""
+        return num_slots(num_tokens, self.amount)
+
+    def side_slots(self, num_tokens: int) -> int:
+        """ceil(n sqrt r) of the n tokens of a map's side."""
+        return num_slots(num_tokens, self.amount**0.5)
+
+    def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
+        """The mask of one block's tokens.
+
+        Args:
+            z: Attention output with its shortcut (B parts, N, D), or the block's output; without the prefix.
+            tokens: What is known of them.
+            seen: Of the block.
+        """
+        raise NotImplementedError
+
+    def carry(self, z: Tensor, tokens: Tokens, mask: Mask) -> Tensor | None:
+        """What is handed on to the next reducer, see :attr:`Tokens.carried`."""
+        return None
+
+    def observe(self, z: Tensor, tokens: Tokens) -> None:
+        """In warm-up: look at tokens (B parts, N, D) that are not merged."""
+
+    def forward(
+        self, z: Tensor, tokens: Tokens, seen: Seen, num_prefix: int = 0, observe: bool = False
+    ) -> tuple[Tensor, Tokens]:
+        """Merge one block's tokens.
+
+        Args:
+            z: (B parts, num_prefix + N, D).
+            tokens: Of the N.
+            seen: Of the block, without the prefix.
+            num_prefix: Class, register and distillation tokens in front.
+            observe: Leave the tokens as they are, only look at them (warm-up).
+
+        Returns:
+            Merged tokens (B parts, num_prefix + P, D) and what is known of them.
+        """
+        if observe:
+            with torch.no_grad(), no_autocast(z):
+                self.observe(z[:, num_prefix:], tokens)
+            return z, tokens
+        mask = self.mask(z[:, num_prefix:], tokens, seen)
+        grid = getattr(mask, "grid", None)
+        after = Tokens(
+            mask.size,
+            tokens.anchor.gather(1, mask.anchors()),
+            tokens.start,
+            grid,
+            (*tokens.masks, mask),
+            self.carry(z[:, num_prefix:], tokens, mask),
+        )
+        return mask.merge(z, num_prefix, self.site.parts), after
+
+    def reset_classes(self, num_classes: int) -> None:
+        """A new head: what is tied to the old classes is forgotten."""
+
+    def check_classes(self, num_classes: int, name: str) -> None:
+        """Before collecting with targets of K classes: ValueError if this reducer, of that name, is made for others."""
+
+    def extra_repr(self) -> str:
+        return f"amount={self.amount}"
+
+
+METHODS: dict[str, type[Reducer]] = {}
+R = TypeVar("R", bound=type[Reducer])
+
+
+def register_method(name: str, preset: str | None = None) -> Callable[[R], R]:
+    """Register a method by name, or a preset's own form of one that is registered."""
+
+    def put(cls: R) -> R:
+        if preset is None:
+            METHODS[name], cls.presets = cls, {}
+        else:
+            METHODS[name].presets[preset] = cls
+        cls.method = name
+        return cls
+
+    return put
+
+
+def find_method(name: str, settings: dict[str, Any]) -> tuple[type[Reducer], Config]:
+    """The reducer of a method, or of its ``preset``, and its settings.
+
+    Args:
+        name: Of the method.
+        settings: As the user gave them.
+
+    Raises:
+        ValueError: There is no such method, preset or setting, or a setting is out of range.
+    """
+    if name not in METHODS:
+        raise setting_error(
+            "method", name, f"one of {tuple(METHODS)}", nearest(name, METHODS) or "Choose one of these."
+        )
+    cls, settings = METHODS[name], dict(settings)
+    preset = settings.get("preset", "default")
+    if preset != "default" or "preset" in settings:
+        choices = ("default", *cls.presets)
+        if not isinstance(preset, str) or preset not in choices or not cls.presets:
+            expected = f"one of {choices}" if cls.presets else f"no preset: {name} has none"
+            raise setting_error("preset", preset, expected, "Leave it out for the default.")
+        cls = cls.presets.get(preset, cls)
+    return cls, cls.Config.from_settings(settings, name)
+
+
+def setting_names(cls: type[Reducer]) -> list[str]:
+    """The names of a method's settings, those of its presets included."""
+    configs = [cls.Config, *(preset.Config for preset in cls.presets.values())]
+    return list(dict.fromkeys(field.name for config in configs for field in dataclasses.fields(config)))
