@@ -1,0 +1,42 @@
+"""What a model costs, counted the same way on every device: one counter for README, benchmarks, examples and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["gmacs", "input_size_of"]
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images a timm model is made for: those it was built or resized to, not its weights'."""
+    channels, *size = resolve_model_data_config(model)["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    return getattr(model, "in_chans", channels), *size
+
+
+def gmacs(model: nn.Module, input_size: Sequence[int] | None = None) -> float:
+    """10^9 multiply-adds of a forward pass of one image, all matrix products and convolutions in it.
+
+    Attention's products count whatever kernel would run: torch's counter has no formula for some fused ones and counts
+    them as nothing, so that they are counted by the plain kernel. What a method adds, and putting back where that is a
+    product, count too.
+
+    Args:
+        model: Any, in the mode and on the device it is in; evaluation is what is usually meant.
+        input_size: (C, H, W); the model's own if not given.
+
+    Returns:
+        In 10^9.
+    """
+    size = tuple(input_size) if input_size is not None else input_size_of(model)
+    like = next(model.parameters())
+    x = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() / 2e9
