@@ -3,7 +3,7 @@
     python benchmarks/training.py
 
 Each model trains in a process of its own for its peak memory; times are of one process, where plain model, LTM with
-collecting and LTM without take turns. Images and labels are random.
+a refresh and LTM without take turns. Images and labels are random.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ltm
-from timm_ltm.merging import Clusters, RunningClusters
+from timm_ltm.cost import gmacs
+from timm_ltm.methods.ltm import Clusters, RunningClusters
 
 CLASSES = 1000
 
@@ -50,17 +50,17 @@ def times(name: str, batch: int, rounds: int) -> None:
     """Print the ratios of one pair of models."""
     size = timm.get_pretrained_cfg(name).input_size
     x, y = torch.randn(batch, *size), torch.randint(CLASSES, (batch,))
-    plain, ltm = make(name), make(f"ltm_{name}")
-    refresh = timm_ltm.ClusterRefresh(ltm)
+    plain, ltm, collecting = make(name), make(f"ltm_{name}"), make(f"ltm_{name}")
+    refresh = timm_ltm.ClusterRefresh(collecting)
     for _ in range(2):
-        step(ltm, x, y, refresh)
+        step(collecting, x, y, refresh)
     refresh.epoch_end()  # clusters, as in every merged epoch but the first
-
-    def merged(collect: bool) -> None:
-        ltm.set_collecting(collect)
-        step(ltm, x, y, refresh if collect else None)
-
-    ways = {"plain": lambda: step(plain, x, y), "ltm": lambda: merged(False), "collecting": lambda: merged(True)}
+    ltm.load_state_dict(collecting.state_dict())
+    ways = {
+        "plain": lambda: step(plain, x, y),
+        "ltm": lambda: step(ltm, x, y),
+        "collecting": lambda: step(collecting, x, y, refresh),
+    }
     series: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
         for way, run in ways.items():
@@ -72,13 +72,9 @@ def times(name: str, batch: int, rounds: int) -> None:
     refresh.epoch_end()
     commit = time.perf_counter() - start
 
-    gmacs = []
-    for model in (plain, ltm):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(x[:1])
-        gmacs.append(counter.get_total_flops())
+    cost = [gmacs(model.eval(), size) for model in (plain, ltm)]
     print(f"{name}, batch {batch}, {rounds} rounds")
-    print(f"- step, LTM / plain: {median['collecting'] / median['plain']:.3f} (GMACs ratio {gmacs[1] / gmacs[0]:.3f})")
+    print(f"- step, LTM / plain: {median['collecting'] / median['plain']:.3f} (GMACs ratio {cost[1] / cost[0]:.3f})")
     print(f"- collecting / step: {100 * (median['collecting'] / median['ltm'] - 1):.1f} %")
     print(f"- commit / epoch of 1,000 steps: {100 * commit / (1000 * median['collecting']):.2f} % ({commit:.2f} s)")
     files = []
@@ -116,7 +112,7 @@ def train_alone(name: str, batch: int) -> None:
 
 def memory_of_collecting() -> None:
     """Bytes that one block's running sums hold after 1k, 10k and 100k images."""
-    running = RunningClusters(Clusters(64, 512, CLASSES), CLASSES)
+    running = RunningClusters(Clusters(64, 512), CLASSES)
     seen = 0
     for images in (1_000, 10_000, 100_000):
         while seen < images:
