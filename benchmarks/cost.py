@@ -25,8 +25,8 @@ import timm_ltm
 from timm_ltm.cost import gmacs
 
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
-MODELS += ["swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224", "mobilevit_xxs", "mobilevit_xs", "mobilevit_s"]
-MODELS += ["efficientvit_b1.r224_in1k", "efficientvit_b1.r288_in1k"]
+MODELS += ["swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224"]
+MODELS += ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "efficientvit_b1.r224_in1k", "efficientvit_b1.r288_in1k"]
 WARMUP = 2
 
 

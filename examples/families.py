@@ -11,10 +11,11 @@ import argparse
 
 import timm
 import torch
-from quickstart import digits, gmacs, top1, train
+from quickstart import digits, top1, train
 from torch import nn
 
 import timm_ltm  # noqa: F401  registers the models
+from timm_ltm.cost import gmacs
 
 COMMON = dict(in_chans=1, num_classes=10)
 FAMILIES = {  # timm's model, arguments of both, of LTM, size of images
@@ -28,7 +29,7 @@ FAMILIES = {  # timm's model, arguments of both, of LTM, size of images
             drop_path_rate=0.0,
             weight_init="moco",
         ),
-        dict(compression_ratio=(1.0, 1.0, 1.0, 0.73, 1.0, 1.0, 1.0, 1.0), cluster_dim=16),  # where the default merges
+        dict(compression_ratio=(1.0, 1.0, 1.0, 0.73, 1.0, 1.0, 1.0, 1.0)),  # where the default merges
         112,
     ),
     "mobilevit": ("mobilevit_xxs", {}, {}, 96),
@@ -57,7 +58,7 @@ def main() -> None:
             enlarged = nn.Sequential(nn.Upsample(size=size, mode="bilinear"), model)
             train(enlarged, x, y, args.epochs, args.seed, model_name)
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
-            rows.append((model_name, parameters, gmacs(enlarged, x_test), top1(enlarged, x_test, y_test)))
+            rows.append((model_name, parameters, gmacs(enlarged, x_test.shape[1:]), top1(enlarged, x_test, y_test)))
 
     print(f"\n{'model':<36}{'params (M)':>12}{'GMACs':>10}{'top-1 (%)':>12}")
     for model_name, parameters, cost, accuracy in rows:

@@ -4,9 +4,9 @@
     python examples/merge_any.py PHOTOS --model vit_small_patch14_dinov2 --img-size 224 --checkpoint my.safetensors \\
         --merge ltm --merge tome r=8 --merge tome compression_ratio=0.95 --limit 100
 
-Nothing is trained and no label is read. The plain model and each merging one see the same images; the error is 1 minus the
-cosine to the plain model's class token and mean token, in thousandths, with its standard error. Latencies are medians of
-rounds in which the models take turns. Without --checkpoint, timm's pretrained weights are downloaded.
+Nothing is trained and no label is read. The plain model and each merging one see the same images; the error is 1 minus
+the cosine to the plain model's class token and mean token, in thousandths, with its standard error. Latencies are
+medians of rounds in which the models take turns. Without --checkpoint, timm's pretrained weights are downloaded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="weights in timm's or the original names; timm adapts them")
     parser.add_argument("--img-size", type=int)
     parser.add_argument(
-        "--merge", nargs="+", action="append", metavar="METHOD [NAME=VALUE]", help="may be repeated; ltm and tome if not"
+        "--merge", nargs="+", action="append", metavar="METHOD NAME=VALUE", help="may be repeated; ltm and tome if not"
     )
     parser.add_argument("--limit", type=int, default=100, help="images, drawn at random; 0 is all")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -119,8 +119,11 @@ def main() -> None:
     taken = latencies(models, batch, args.rounds) if args.rounds else {}
     base = gmacs(plain, size)
     kinds = list(next(iter(errors.values())))
-    print(f"{args.model}, {size[1]} x {size[2]}, {len(paths)} images, {args.device}, ")
-    print(f"{torch.get_num_threads()} threads, batch {len(batch)}. Error: 1 - cos to the plain model's, in thousandths.\n")
+    print(f"{args.model}, {size[1]} x {size[2]}, {len(paths)} images, {args.device},")
+    print(
+        f"{torch.get_num_threads()} threads, batch {len(batch)}. Error: 1 - cos to the plain model's, in thousandths."
+    )
+    print()
     print("| model | GMACs | ratio | latency ratio |" + "".join(f" error of the {kind} token |" for kind in kinds))
     print("|:---|---:|---:|---:|" + "---:|" * len(kinds))
     for name, model in models.items():

@@ -22,13 +22,14 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.merging.clusters import fit_temperature, kmeans
-from timm_ltm.merging.information import class_conditional, ib_bound
-from timm_ltm.merging.update import assign
+from timm_ltm.cost import gmacs
+from timm_ltm.methods.ltm.clusters import fit_temperature, kmeans
+from timm_ltm.methods.ltm.information import class_conditional, ib_bound
+from timm_ltm.methods.ltm.update import assign
+from timm_ltm.models import ReducedModel
 from timm_ltm.pictures import mask_figure
 
 SHAPE = dict(img_size=24, patch_size=4, in_chans=1, num_classes=10, weight_init="moco")  # 36 tokens
@@ -58,7 +59,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, title:
     torch.manual_seed(seed)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     scheduler = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=5, warmup_lr_init=1e-4, lr_min=1e-5)
-    refresh = timm_ltm.ClusterRefresh(model) if any(hasattr(m, "merge_config") for m in model.modules()) else None
+    refresh = timm_ltm.ClusterRefresh(model) if any(isinstance(m, ReducedModel) for m in model.modules()) else None
     bar = tqdm(range(epochs), desc=title, unit="epoch")
     for epoch in bar:
         scheduler.step(epoch)
@@ -83,14 +84,6 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, title:
 def top1(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Percent of images classified right."""
     return 100.0 * (model(x).argmax(dim=1) == y).float().mean().item()
-
-
-@torch.no_grad()
-def gmacs(model: nn.Module, x: Tensor) -> float:
-    """Billions of multiply-accumulates for one image, everything counted."""
-    with FlopCounterMode(display=False) as counter:
-        model(x[:1])
-    return counter.get_total_flops() / 2e9
 
 
 @torch.no_grad()
@@ -142,7 +135,7 @@ def main() -> None:
         plain = timm.create_model("test_vit", **SHAPE)
         torch.manual_seed(seed)
         ltm = timm.create_model(
-            "ltm_vit_test",
+            "ltm_test_vit",
             compression_ratio=args.compression_ratio if len(args.compression_ratio) > 1 else args.compression_ratio[0],
             merge_warmup_epochs=args.merge_warmup_epochs,
             **SHAPE,
@@ -154,7 +147,9 @@ def main() -> None:
         for name, model in models.items():
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             bound = held_out_ib_bound(model, x, y, x_test, y_test)
-            rows.append((name, parameters, gmacs(model, x_test), times[name], top1(model, x_test, y_test), bound))
+            rows.append(
+                (name, parameters, gmacs(model, x_test.shape[1:]), times[name], top1(model, x_test, y_test), bound)
+            )
 
     print(f"\n{'model':<8}{'params (M)':>12}{'GMACs':>10}{'ms / 128':>10}{'top-1 (%)':>16}{'IB bound (nats)':>17}")
     for name in ("plain", "LTM"):
@@ -171,7 +166,7 @@ def main() -> None:
     print(f"masks over images: {args.output / 'masks.png'}")
 
     saved = args.output / "ltm_vit_digits"
-    save_for_hf(ltm, saved, model_args={**SHAPE, **ltm.ltm_args}, safe_serialization=True)
+    save_for_hf(ltm, saved, model_args=SHAPE, safe_serialization=True)  # the settings are in the weights
     loaded = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
     with torch.no_grad():
         equal = torch.equal(loaded(x_test), ltm(x_test))
