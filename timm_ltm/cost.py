@@ -37,6 +37,7 @@ def gmacs(model: nn.Module, input_size: Sequence[int] | None = None) -> float:
     size = tuple(input_size) if input_size is not None else input_size_of(model)
     like = next(model.parameters())
     x = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # with gradients: torch's counter looks for those of a parameter that is a module's input, as in attention pooling
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() / 2e9
