@@ -1,7 +1,7 @@
 """Maps merge one axis at a time: any reducer of a sequence run along rows and columns, and maps put back.
 
 All rows of an image are merged by one mask and all its columns by another, so that lines of the image stay straight:
-measured better than a mask for every line, and than even spacing (docs/warm_start.md).
+measured better than a mask for every line, and than even spacing.
 
 One letter per axis: B batch, N tokens, P slots, K width of the keys, c cells, H W grid.
 """
