@@ -3,6 +3,7 @@
 torch.fx reads the annotations of forward passes, hence none of them postponed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import register_notrace_module
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from timm_ltm.reduction import Reducer, Seen, Tokens
 
-__all__ = ["ReducedBlock", "run_block"]
+__all__ = ["ReducedBlock", "recomputed", "run_block"]
 
 
 class ReducedBlock(nn.Module):
@@ -90,25 +91,43 @@ def run_block(
     """One reduced block, its activations recomputed in the backward pass if ``checkpointing``."""
     if not checkpointing:
         return block(x, tokens=tokens, observe=observe, **kwargs)
-    flat, spec = pytree.tree_flatten((tokens, kwargs))
+
+    def run(x: Tensor, given: Any) -> tuple[Tensor, Tokens]:
+        tokens, kwargs = given
+        return block(x, tokens=tokens, observe=observe, **kwargs)
+
+    return recomputed(run, x, (tokens, kwargs))
+
+
+def recomputed(run: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, given: Any) -> tuple[Tensor, Any]:
+    """``run(x, given)``, whose activations are recomputed in the backward pass.
+
+    Args:
+        run: What is run; returns a tensor, and any nest of tuples of tensors and constants.
+        x: Its first argument.
+        given: Its second, such a nest.
+    """
+    flat, spec = pytree.tree_flatten(given)
     places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
     after: list[Any] = []
 
-    def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def of_tensors(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = list(flat)
         for i, tensor in zip(places, tensors, strict=True):
             leaves[i] = tensor
-        tokens, kwargs = pytree.tree_unflatten(leaves, spec)
-        x, tokens = block(x, tokens=tokens, observe=observe, **kwargs)
-        leaves, after_spec = pytree.tree_flatten(tokens)
-        after[:] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], after_spec
+        x, rest = run(x, pytree.tree_unflatten(leaves, spec))
+        leaves, after_spec = pytree.tree_flatten(rest)
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        constants = [None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)]
+        after[:] = constants, is_tensor, after_spec
         return x, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     # flat arguments and results: re-entrant checkpoints lose the gradients of nested ones
-    x, *tensors = checkpoint(run, x, *[flat[i] for i in places])
-    leaves, after_spec = after
-    given = iter(tensors)
-    return x, pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], after_spec)
+    x, *tensors = checkpoint(of_tensors, x, *[flat[i] for i in places])
+    constants, is_tensor, after_spec = after
+    found = iter(tensors)
+    leaves = [next(found) if tensor else leaf for leaf, tensor in zip(constants, is_tensor, strict=True)]
+    return x, pytree.tree_unflatten(leaves, after_spec)
 
 
 for _leaf in (Reducer, ReducedBlock):

@@ -3,6 +3,7 @@
 One letter per axis: B batch, D width, H W grid of timm's map, H' W' of the merged one.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.fx
@@ -11,6 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_ltm.models.base import ReducedModel
+from timm_ltm.models.block import recomputed
 from timm_ltm.reduction import Placement, Tokens, initial_tokens
 
 __all__ = ["MapModel", "ReducedStage", "map_tokens", "to_map"]
@@ -41,7 +43,7 @@ register_notrace_module(ReducedStage)
 
 
 class MapModel(ReducedModel):
-    """Mixin of models with stages. The family writes :meth:`stem`, :meth:`stage_modules` and :meth:`finish`.
+    """Mixin of models with stages. The family writes :attr:`stem`, :meth:`stage_modules` and :meth:`finish`.
 
     What comes out has timm's shapes and integer reductions: maps that were merged are put back.
     """
@@ -50,10 +52,9 @@ class MapModel(ReducedModel):
     weighs_sizes: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     stem_features: ClassVar[int] = 0  # 1 where timm counts the stem's map as its first feature
+    recomputes_stages: ClassVar[bool] = False  # gradient checkpoints are whole stages, not blocks of them
 
-    def stem(self, x: Tensor) -> Tensor:
-        """What is in front of the stages."""
-        raise NotImplementedError
+    stem: Callable[[Tensor], Tensor]  # in front of the stages: timm's module of this name, or the family's method
 
     def stage_modules(self) -> nn.Sequential:
         """The stages."""
@@ -75,9 +76,15 @@ class MapModel(ReducedModel):
         self, stage: nn.Module, x: Tensor, placement: Placement | None, observe: bool
     ) -> tuple[Tensor, Placement | None]:
         """One stage; those that timm runs as they are lie in front of all merges."""
-        if isinstance(stage, ReducedStage):
-            return stage(x, placement, merge=not observe, observe=observe)
-        return stage(x), placement
+
+        def run(x: Tensor, placement: Placement | None) -> tuple[Tensor, Placement | None]:
+            if isinstance(stage, ReducedStage):
+                return stage(x, placement, merge=not observe, observe=observe)
+            return stage(x), placement
+
+        if self.recomputes_stages and self.grad_checkpointing:
+            return recomputed(run, x, placement)
+        return run(x, placement)
 
     @property
     def merges_in_stages(self) -> bool:
@@ -124,32 +131,45 @@ class MapModel(ReducedModel):
         intermediates_only: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """timm's; maps that were merged are put back."""
-        observe = self._observes()
+        """timm's; maps that were merged are put back. ``"NHWC"`` too of models whose maps are, for ``features_only``."""
+        formats = ("NCHW", "NHWC") if self.channels_last else ("NCHW",)
+        if output_fmt not in formats:
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected one of {formats}. timm's model has no other.")
+        observe, turn = self._observes(), self.channels_last and output_fmt == "NCHW"
         if not self.merging and not observe:
-            return super().forward_intermediates(
-                self._keep_parameters_in_graph(x), indices, norm=norm, stop_early=stop_early, output_fmt=output_fmt,
+            result = super().forward_intermediates(
+                self._keep_parameters_in_graph(x), indices, norm=norm, stop_early=stop_early, output_fmt="NCHW",
                 intermediates_only=intermediates_only, **kwargs,
             )  # fmt: skip
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW'. timm's model has no other.")
+            if output_fmt == "NCHW":
+                return result
+            maps = [y.permute(0, 2, 3, 1).contiguous() for y in (result if intermediates_only else result[1])]
+            return maps if intermediates_only else (result[0], maps)
         self._check_tended()
         stages, first = self.stage_modules(), self.stem_features
         taken, last = feature_take_indices(len(stages) + first, indices)
+        end = len(stages) + first - 1
         x, placement, maps = self.stem(x), None, []
+        finished = None  # once: norms of batches count
         if first and 0 in taken:
             maps.append(x)
         for i, stage in enumerate(stages, start=first):
             if stop_early and i > last:
                 break
             x, placement = self.run_stage(stage, x, placement, observe)
+            if i == end and (self.tells_finished(norm, **kwargs) or not intermediates_only):
+                finished = self.finish(x)
             if i in taken:
-                y = self.finish(x) if norm and i == len(stages) + first - 1 and self.norm_is_last() else x
+                y = finished if i == end and self.tells_finished(norm, **kwargs) else x
                 y = _put_back(placement, y, self.channels_last)
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if self.channels_last else y)
+                maps.append(y.permute(0, 3, 1, 2).contiguous() if turn else y)
         if intermediates_only:
             return maps
-        return _put_back(placement, self.finish(x), self.channels_last), maps
+        return _put_back(placement, x if finished is None else finished, self.channels_last), maps
+
+    def tells_finished(self, norm: bool) -> bool:
+        """Whether the last map of :meth:`forward_intermediates` is one behind :meth:`finish`."""
+        return norm and self.norm_is_last()
 
     def norm_is_last(self) -> bool:
         """Whether ``norm=True`` asks for :meth:`finish` on the last map."""
