@@ -96,6 +96,11 @@ class ReducedModel(Saved):
             ValueError: Its blocks cannot merge; the reason is told.
         """
 
+    @classmethod
+    def feature_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """timm's defaults of ``features_only``, for a model of these arguments."""
+        return {"out_indices": cls.out_indices}
+
     def depths(self) -> list[int]:
         """Transformer blocks of each stage; of a model without stages, one number."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ __all__ = ["MapModel", "ReducedStage", "map_tokens", "to_map"]
 
 
 class ReducedStage(nn.Module):
-    """Mixin of a timm module that leads through blocks with maps. The family writes :meth:`merged`. A leaf of FX graphs."""
+    """Mixin of a timm module that leads a map through blocks, a leaf of FX graphs. The family writes :meth:`merged`."""
 
     def forward(self, x: Tensor, placement: Placement | None = None, merge: bool = False, observe: bool = False) -> Any:
         """timm's forward; with ``merge`` or ``observe``, returns the map and where it lies.
@@ -131,7 +131,7 @@ class MapModel(ReducedModel):
         intermediates_only: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """timm's; maps that were merged are put back. ``"NHWC"`` too of models whose maps are, for ``features_only``."""
+        """timm's; maps that were merged are put back. ``"NHWC"`` too where the model's are, for ``features_only``."""
         formats = ("NCHW", "NHWC") if self.channels_last else ("NCHW",)
         if output_fmt not in formats:
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected one of {formats}. timm's model has no other.")

@@ -17,11 +17,13 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_ltm.models.base import ReducedModel, known_arguments
 from timm_ltm.models.eva import ReducedEva
+from timm_ltm.models.swin import ReducedSwin
 from timm_ltm.models.vit import ReducedViT, ReducedViTDistilled
 from timm_ltm.reduction import METHODS
 from timm_ltm.reduction.reducer import setting_names
@@ -33,12 +35,14 @@ FAMILIES: dict[type[nn.Module], type[ReducedModel]] = {
     VisionTransformer: ReducedViT,
     VisionTransformerDistilled: ReducedViTDistilled,
     Eva: ReducedEva,
+    SwinTransformer: ReducedSwin,
 }
 # timm's modules of each family, whose variants are registered
 MODULES: dict[str, type[ReducedModel]] = {
     "vision_transformer": ReducedViT,
     "deit": ReducedViT,
     "eva": ReducedEva,
+    "swin_transformer": ReducedSwin,
 }
 # Variants of these modules that cannot merge, and why
 REFUSED: dict[str, str] = {
@@ -119,7 +123,6 @@ def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) 
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         settings, timms = _split(method, family, kwargs)
-        timms.setdefault("out_indices", family.out_indices) if timms.get("features_only") else None
         cfg = timms.get("pretrained_cfg")
         # weights of timm's registry are loaded by timm's own entrypoint, as it loads the plain model's
         of_timm = pretrained and not isinstance(cfg, dict) and not timms.get("pretrained_cfg_overlay")
@@ -133,7 +136,7 @@ def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) 
             name,
             pretrained and not of_timm,
             pretrained_filter_fn=_filter_of(plain),
-            feature_cfg={"feature_cls": "getter"},
+            feature_cfg={"feature_cls": "getter", **family.feature_settings(timms)},
             **timms,
         )
 

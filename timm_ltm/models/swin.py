@@ -1,0 +1,254 @@
+"""timm's Swin Transformer, merging: a map is merged by rows and by columns, and windows behind fit what is left.
+
+One letter per axis: B batch, w windows of an image, N tokens of a window, h heads, K their width, D width, H W grid.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+
+from timm_ltm.models.block import ReducedBlock, run_block
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
+from timm_ltm.reduction import Placement, Tokens
+from timm_ltm.reduction.tokens import at_least_float32, fixed
+
+__all__ = ["ReducedSwin", "ReducedSwinBlock", "ReducedSwinStage", "fit_window"]
+
+
+def fit_window(length: int, window: int) -> int:
+    """The window for lines of ``length`` tokens: the one near ``window`` that pads them least, of several the nearest.
+
+    Merging from 14 to 12 saves nothing where windows of 7 pad 12 to 14 again; windows of 6 do not.
+    """
+    if length <= window:
+        return length
+    return min(range(window - window // 4, window + 2), key=lambda w: (-length % w, abs(w - window)))
+
+
+def shift_mask(
+    grid: tuple[int, int], padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], x: Tensor
+) -> Tensor:
+    """(w, N, N): 0 between tokens that lay side by side before the cyclic shift, -100 between others.
+
+    timm's mask puts the seam of a map that is padded after the shift where the padded one would have it, and so lets
+    opposite edges see each other; here it lies where it is, and padding is seen by no token.
+    """
+    rows = _regions(grid[0], padded[0], shift[0], x).unsqueeze(1)
+    region = 3 * rows + _regions(grid[1], padded[1], shift[1], x)  # H W
+    region = window_partition(region.view(1, padded[0], padded[1], 1), window).flatten(1)  # 1 H W 1 -> w N
+    return (region.unsqueeze(1) != region.unsqueeze(2)).to(x.dtype) * -100.0
+
+
+def _regions(n: int, padded: int, shift: int, x: Tensor) -> Tensor:
+    """(padded,) of a line of n tokens: 0 what stays, 1 what is shifted around, 2 padding."""
+    line = torch.arange(padded, device=x.device)
+    return (line >= n - shift).to(x.dtype) + (line >= n).to(x.dtype)
+
+
+def _position_bias(attn: WindowAttention, window: tuple[int, int]) -> Tensor:
+    """The relative position bias (1, h, N, N), resized as timm's ``resize_rel_pos_bias_table_simple`` does."""
+    if window == tuple(attn.window_size):
+        return attn._get_rel_pos_bias()
+    (h, w), (H, W) = window, attn.window_size
+    table = at_least_float32(attn.relative_position_bias_table).t().unflatten(1, (2 * H - 1, 2 * W - 1))
+    table = F.interpolate(table.unsqueeze(0), size=(2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=False)
+    down, right = torch.arange(h, device=table.device), torch.arange(w, device=table.device)
+    down, right = down.unsqueeze(1) - down + h - 1, right.unsqueeze(1) - right + w - 1  # h h, w w: differences
+    index = (down.view(h, 1, h, 1) * (2 * w - 1) + right.view(w, 1, w)).flatten()  # h w h w -> (h w h w)
+    return table.flatten(2)[:, :, index].unflatten(2, (h * w, h * w))
+
+
+def _attend(attn: WindowAttention, x: Tensor, window: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """timm's attention in windows x (B w, N, D) of any size, and the mean over heads of its keys (B w, N, K)."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B w) h N K
+    bias = _position_bias(attn, window)
+    if mask is not None:
+        bias = bias + mask.unsqueeze(1)  # w h N N
+    bias, windows = bias.to(q.dtype), bias.shape[0]
+    if attn.fused_attn:
+        bias = bias.repeat(x.shape[0] // windows, 1, 1, 1) if windows > 1 else bias
+        drop = attn.attn_drop.p if attn.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=attn.scale)
+    else:
+        logits = (q * attn.scale @ k.transpose(2, 3)).unflatten(0, (-1, windows)) + bias  # B w h N N
+        y = attn.attn_drop(attn.softmax(logits.flatten(0, 1))) @ v
+    y = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))  # (B w) h N K -> (B w) N (h K)
+    return y, k.detach().mean(dim=1)
+
+
+class ReducedSwinBlock(ReducedBlock, SwinTransformerBlock):
+    """timm's block: its map (B, H, W, D) is merged between attention and MLP."""
+
+    def reduced(self, x: Tensor, tokens: Tokens, observe: bool, **kwargs: Any) -> tuple[Tensor, Tokens]:
+        fitted = self.behind and not observe
+        if self.reducer is None and not fitted:
+            return SwinTransformerBlock.forward(self, x), tokens
+        z, tokens = super().reduced(x, tokens, observe, fitted=fitted)
+        return to_map(z, tokens), tokens
+
+    def attend(
+        self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool, fitted: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        h, found = self.norm1(x), None
+        if keys or fitted:
+            y, found = self.attend_map(h, fitted)
+            found = found.flatten(1, 2)  # B H W K -> B (H W) K
+        else:
+            y = self._attn(h)
+        return (x + self.drop_path1(y)).flatten(1, 2), found  # B H W D -> B (H W) D
+
+    def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
+        return z + self.drop_path2(self.mlp(self.norm2(z)))
+
+    def as_tokens(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2)  # B H W D -> B (H W) D
+
+    def attend_map(self, x: Tensor, fitted: bool) -> tuple[Tensor, Tensor]:
+        """Window attention of a map (B, H, W, D) of any size, and its keys (B, H, W, K), the mean over heads.
+
+        Args:
+            x: Normalised.
+            fitted: In windows that fit it, rather than in timm's.
+        """
+        H, W = fixed(x.shape[1]), fixed(x.shape[2])
+        window, shift = self.windows_of((H, W)) if fitted else (self.window_size, self.shift_size)
+        (h, w), (down, right) = window, shift
+        if any(shift):
+            x = x.roll((-down, -right), dims=(1, 2))
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
+        H_, W_ = fixed(x.shape[1]), fixed(x.shape[2])
+        mask = None
+        if any(shift) and fitted:
+            mask = shift_mask((H, W), (H_, W_), window, shift, x)
+        elif any(shift):
+            mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
+        maps = _attend(self.attn, window_partition(x, window).flatten(1, 2), window, mask)  # B H W D -> (B w) N D
+        y, keys = (window_reverse(m.unflatten(1, window), window, H_, W_)[:, :H, :W] for m in maps)
+        if any(shift):
+            y, keys = (m.roll((down, right), dims=(1, 2)) for m in (y, keys))
+        return y, keys
+
+    def windows_of(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Windows that fit a merged map, and their shift: none along a side that is one window, as timm's."""
+        if self.always_partition:
+            return self.window_size, self.shift_size
+        window = tuple(fit_window(n, w) for n, w in zip(grid, self.window_size, strict=True))
+        shifts = any(self.target_shift_size)
+        return window, tuple(w // 2 if shifts and w < n else 0 for n, w in zip(grid, window, strict=True))
+
+
+class ReducedSwinStage(ReducedStage, SwinTransformerStage):
+    """timm's stage."""
+
+    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
+        if not any(block.reducer is not None or (block.behind and not observe) for block in self.blocks):
+            return SwinTransformerStage.forward(self, x), placement
+        x = self.downsample(x)
+        if placement is not None and not isinstance(self.downsample, nn.Identity):
+            placement = placement.halved()
+        grid = fixed(x.shape[1]), fixed(x.shape[2])
+        tokens = map_tokens(x.flatten(1, 2), grid)  # B H W D -> B (H W) D
+        for block in self.blocks:
+            x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe)
+        for mask in tokens.masks:
+            placement = (Placement.identity(x.shape[0], grid, x) if placement is None else placement).then(mask)
+        return x, placement
+
+
+@torch.fx.wrap
+def _of_fixed_size(images: Tensor) -> Tensor:
+    """Images whose height and width compilers take for constants.
+
+    How many tokens are left, windows that fit and their padding have no simple form in symbols: with symbolic sizes a
+    compiler needs many times as long as for every size anew. Plain Swin cannot be exported with symbolic ones either.
+    """
+    for side in images.shape[2:]:
+        operator.index(side)
+    return images
+
+
+class ReducedSwin(MapModel, SwinTransformer):
+    """timm's Swin Transformer.
+
+    With ``strict_img_size=False`` images of any size are taken: one that is not a multiple of the patches is padded,
+    merging or not, where plain timm raises.
+    """
+
+    windows = True
+    channels_last = True
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        for i, stage in enumerate(model.layers):
+            for j, block in enumerate(stage.blocks):
+                for name, got, expected in (
+                    ("", block, SwinTransformerBlock),
+                    (".attn", getattr(block, "attn", None), WindowAttention),
+                ):
+                    if type(got) is not expected:
+                        raise ValueError(
+                            f"layers.{i}.blocks.{j}{name}: got {type(got).__name__}, expected timm's "
+                            f"{expected.__name__}, whose windows can be fitted to merged maps. Use another model."
+                        )
+
+    @classmethod
+    def feature_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        stages = len(arguments.get("depths", (2, 2, 6, 2)))
+        return {"out_indices": tuple(range(stages)), "output_fmt": "NHWC"}  # of timm's models, not of its "getter"
+
+    def depths(self) -> list[int]:
+        return [len(stage.blocks) for stage in self.layers]
+
+    def default_ratios(self) -> tuple[float, ...]:
+        """One merge, in the second block of the second stage, to a map that later stages halve and cut without padding.
+
+        From 28 x 28 to 24 x 24, in windows of 6; from 48 x 48 to 40 x 40, in windows of 10.
+        """
+        depths = self.depths()
+        stage = min(1, len(depths) - 1)
+        n = -(-min(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)) // 2**stage)
+        side = 4 * round(6 / 7 * n / 4)
+        ratio = math.floor(100 * (side / n) ** 2) / 100 if 0 < side < n else 0.73
+        index = sum(depths[:stage]) + min(1, depths[stage] - 1)
+        return tuple(ratio if i == index else 1.0 for i in range(sum(depths)))
+
+    def adopt(self) -> None:
+        for stage in self.layers:
+            stage.__class__ = ReducedSwinStage
+            for block in stage.blocks:
+                block.__class__ = ReducedSwinBlock
+        if not self.patch_embed.strict_img_size:
+            self.patch_embed.dynamic_img_pad = True
+
+    def plan(self, put: Callable[..., Any]) -> None:
+        grid = tuple(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
+        for stage in self.layers:
+            grid = grid if isinstance(stage.downsample, nn.Identity) else tuple(-(-n // 2) for n in grid)
+            for j, block in enumerate(stage.blocks):
+                grid = put(block, block.dim, grid, j == 0)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.patch_embed(_of_fixed_size(x))
+
+    def stage_modules(self) -> nn.Sequential:
+        return self.layers
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def norm_is_last(self) -> bool:
+        return True
