@@ -17,11 +17,12 @@ def pytest_configure():
 
 
 def pytest_generate_tests(metafunc):
-    """A test class with ``sweep = {"mode": [...]}``: its tests with an argument ``mode`` run once for each value."""
-    own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
-    for name, values in getattr(metafunc.cls, "sweep", {}).items():
-        if name in metafunc.fixturenames and name not in own:
-            metafunc.parametrize(name, values, ids=str)
+    """A test class with ``kinds``: its tests with an argument ``kind`` run once for each of them; ``methods`` alike."""
+    own = {name.strip() for m in metafunc.definition.iter_markers("parametrize") for name in str(m.args[0]).split(",")}
+    for name in ("kind", "method", "pool"):
+        values = getattr(metafunc.cls, f"{name}s", None)
+        if values is not None and name in metafunc.fixturenames and name not in own:
+            metafunc.parametrize(name, list(values), ids=str)
 
 
 @pytest.fixture(autouse=True)

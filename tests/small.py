@@ -1,4 +1,4 @@
-"""A small model, of 64 tokens, for what does not depend on the model."""
+"""A small model, of 64 tokens, for what does not depend on the model; and clusters as after a refresh."""
 
 from __future__ import annotations
 
@@ -13,3 +13,14 @@ SHAPE = dict(img_size=8, patch_size=1, in_chans=1, num_classes=10, num_clusters=
 def make(seed=0, **kwargs):
     torch.manual_seed(seed)
     return timm.create_model("ltm_vit_test", **{**SHAPE, **kwargs})
+
+
+def fill(model):
+    """Clusters as after a refresh: before it they are zero, and with them the update."""
+    g = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if hasattr(module, "centroids") and not module.centroids.is_meta:
+            for buffer in module.buffers():
+                buffer.copy_(torch.randn(buffer.shape, generator=g))
+            module.temperature.fill_(module.centroids.shape[1] / 4)  # phi neither one-hot nor uniform
+    return model
