@@ -202,3 +202,20 @@ def _mean(placement: Placement | None, x: Tensor, channels_last: bool) -> Tensor
         return x
     x = placement.mean(x if channels_last else x.permute(0, 2, 3, 1))  # B D
     return x[:, None, None] if channels_last else x[:, :, None, None]
+
+
+def halves(layer: nn.Module) -> bool:
+    """Whether a layer of convolutions has stride 2."""
+    return any(getattr(module, "stride", 1) in (2, (2, 2)) for module in layer.modules())
+
+
+def after_layer(layer: nn.Module, placement: Placement | None) -> Placement | None:
+    """Where a map lies behind a layer of convolutions."""
+    return placement.halved() if placement is not None and halves(layer) else placement
+
+
+def input_size(model: nn.Module, default: int) -> tuple[int, int]:
+    """(H, W) of the images a model was made for, of timm's pretrained_cfg where it has one."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    height, width = (dict(cfg) if isinstance(cfg, dict) else vars(cfg)).get("input_size", (3, default, default))[-2:]
+    return height, width

@@ -15,14 +15,18 @@ from typing import Any
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, list_models, model_entrypoint
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import register_model
+from timm.models.byobnet import ByobNet
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.efficientvit_mit import EfficientVit, EfficientVitLarge
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_ltm.models.base import ReducedModel, known_arguments
+from timm_ltm.models.efficientvit import ReducedEfficientViT, ReducedEfficientViTLarge
 from timm_ltm.models.eva import ReducedEva
+from timm_ltm.models.mobilevit import ReducedMobileViT
 from timm_ltm.models.swin import ReducedSwin
 from timm_ltm.models.vit import ReducedViT, ReducedViTDistilled
 from timm_ltm.reduction import METHODS
@@ -36,6 +40,9 @@ FAMILIES: dict[type[nn.Module], type[ReducedModel]] = {
     VisionTransformerDistilled: ReducedViTDistilled,
     Eva: ReducedEva,
     SwinTransformer: ReducedSwin,
+    ByobNet: ReducedMobileViT,
+    EfficientVit: ReducedEfficientViT,
+    EfficientVitLarge: ReducedEfficientViTLarge,
 }
 # timm's modules of each family, whose variants are registered
 MODULES: dict[str, type[ReducedModel]] = {
@@ -43,6 +50,8 @@ MODULES: dict[str, type[ReducedModel]] = {
     "deit": ReducedViT,
     "eva": ReducedEva,
     "swin_transformer": ReducedSwin,
+    "mobilevit": ReducedMobileViT,
+    "efficientvit_mit": ReducedEfficientViT,
 }
 # Variants of these modules that cannot merge, and why
 REFUSED: dict[str, str] = {
