@@ -2,7 +2,7 @@
 
 :class:`ClusterRefresh` serves anybody's loop. Under timm's own ``train.py`` nothing has to be called: a
 :class:`timm.task.TrainingTask` that is given a merging model gets its refresh by itself, from the task's forward calls.
-A model has one owner at a time: an explicit refresh goes before a task's, and of several tasks the one that trains.
+A model has one owner at a time: an explicit refresh goes before a task's, and several tasks of a model share theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.task import TrainingTask
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -73,18 +72,17 @@ class ClusterRefresh:
             raise ValueError(f"model: got {len(models)} merging models in {type(model).__name__}, expected one.")
         self.model, self.ema = models[0], ema
         self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
+        self.reducers: dict[str, Reducer] = {}
         self.running: dict[str, RunningClusters] = {}
         self.log_q: dict[str, Tensor] = {}  # (A, K) of each block's last commit, for the IB loss
         self.steps = 0  # training batches in this epoch
+        self._waits = 0  # epochs of warm-up left, as last told
         self.skipped = 0  # images in all, left out for features that were not finite
         self.report: dict[str, dict[str, float]] = {}
         if any(reducer.collects for _, reducer in self.model.reducers()):
             self._classes()
         base.owners[self.model] = weakref.ref(self)
         self.on_loaded(self.model)
-        waits = self.model.config.merge_warmup_epochs - self.model.epoch
-        if waits > 0:
-            _logger.info("Plain training first: merging starts after %d more epochs.", waits)
 
     def _classes(self) -> int:
         """K, as it is now: the head may have been replaced."""
@@ -103,16 +101,21 @@ class ClusterRefresh:
 
     def on_loaded(self, model: ReducedModel) -> None:
         """At the start, and after a checkpoint: reducers may be new, and the epoch another."""
-        if self.steps:
-            return
-        self.reducers = dict(model.reducers())
-        self.observers = model.observers(new=True)
+        reducers = dict(model.reducers())
+        if self.steps and reducers == self.reducers:
+            return  # parameters that were set aside and put back, within an epoch
+        self.reducers, self.observers = reducers, model.observers(new=True)
+        self.steps, self.running, self.log_q = 0, {}, {}
         self._set_collecting()
+        waits = max(0, model.config.merge_warmup_epochs - model.epoch)
+        if waits and waits != self._waits:
+            _logger.info("Plain training first: merging starts after %d more epochs.", waits)
+        self._waits = waits
 
     def _set_collecting(self) -> None:
         """Collect in merged epochs and in the last one of warm-up."""
         self.model._read_epoch()
-        self.collects = self.model.epoch + 1 >= self.model.config.merge_warmup_epochs
+        self.collects = self.model.merging or self.model.epoch + 1 >= self.model.config.merge_warmup_epochs
         self.model.set_collecting(self.collects and bool(self.observers))
 
     @property
@@ -120,10 +123,15 @@ class ClusterRefresh:
         """Whether the model is refreshed by this, and not by one that was made later."""
         return owner_of(self.model) is self
 
+    def _check_owner(self) -> None:
+        if not self.owns:
+            raise ValueError("model: its refresh is another, made later. Use that one, or make this one anew.")
+
     # A batch
 
     def _begin_epoch(self) -> None:
         """At an epoch's first batch, when the model is where and what it trains as."""
+        self._set_collecting()
         self.running = {}
         for index, name in enumerate(self.observers if self.collects else ()):
             reducer = self.reducers[name]
@@ -138,6 +146,7 @@ class ClusterRefresh:
 
     def labels(self, targets: Tensor) -> None:
         """Before each forward pass of training: the labels that the printed Eq. 3 reads (``preset="paper"``)."""
+        self._check_owner()
         if any(self.reducers[name].reads_labels for name in self.observers):
             one_hot = self._one_hot(targets)
             for observer in self.observers.values():
@@ -175,14 +184,13 @@ class ClusterRefresh:
         Raises:
             ValueError: The targets do not fit the batch or the number of classes, or another refresh owns the model.
         """
-        if not self.owns:
-            raise ValueError("model: its refresh is another, made later. Use that one, or make this one anew.")
+        self._check_owner()
         one_hot = self._one_hot(targets) if self.observers else None
         for observer in self.observers.values():  # before anything is taken: a call that fails can be made again
             if observer.features is not None and len(observer.features) != len(one_hot):
                 raise ValueError(
-                    f"targets: got {len(one_hot)} for {len(observer.features)} images. Call step once after each forward "
-                    "pass."
+                    f"targets: got {len(one_hot)} for {len(observer.features)} images. Call step once after each "
+                    "forward pass."
                 )
         if not self.steps:
             self._begin_epoch()
@@ -218,6 +226,11 @@ class ClusterRefresh:
             For each block that collects: ``features``, ``entropy`` (mean entropy of phi over log A), ``skipped``,
             ``reseeded``.
         """
+        self._check_owner()
+        with torch.inference_mode(False):  # validation's: tensors made there can be in no later loss
+            return self._commit()
+
+    def _commit(self) -> dict[str, dict[str, float]]:
         if not self._any_steps():
             return self.report
         if not self.steps:
@@ -230,7 +243,7 @@ class ClusterRefresh:
         if skipped and not self.skipped:
             warnings.warn(
                 f"{skipped} images had features that are not finite; they were left out of the clusters' refresh.",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.skipped += skipped
         self.steps, self.running = 0, {}
@@ -256,23 +269,36 @@ class ClusterRefresh:
                 if isinstance(ours, (Reduction, Reducer)):
                     for old, new in zip(theirs.buffers(), ours.buffers(), strict=True):
                         old.copy_(new)
+            copy._read_epoch()
 
 
 class _TaskRefresh(ClusterRefresh):
     """The refresh of a timm task: targets from its forward calls, epochs from the model's train() and eval().
 
     The commit falls on the first train() or eval() after training batches, so that what is validated and saved at an
-    epoch's end has the epoch's clusters. A train() after a single batch is a loop's that calls it before every batch.
+    epoch's end has the epoch's clusters. A train() behind a single update of the parameters is no end: loops call it
+    before every batch. A loop that validates within epochs makes a :class:`ClusterRefresh` of its own.
     """
 
     def __init__(self, model: ReducedModel) -> None:
         super().__init__(model)
-        self._steps_at_train = 0
+        self._updates, self._version = 0, 0  # of the parameters, since the last train() or eval()
+        self.on_mode(model, True)
 
     def on_mode(self, model: ReducedModel, mode: bool) -> None:
-        if self.steps and (not mode or self.steps - self._steps_at_train > 1):
+        self._look_for_update()
+        if self.steps and (not mode or self._updates > 1):
             self.epoch_end()
-        self._steps_at_train = self.steps
+        self._updates = 0
+
+    def step(self, targets: Tensor | None) -> None:
+        self._look_for_update()
+        super().step(targets)
+
+    def _look_for_update(self) -> None:
+        version = sum(p._version for p in self.model.parameters())
+        self._updates += version != self._version
+        self._version = version
 
 
 class _Attached:
@@ -282,6 +308,9 @@ class _Attached:
         self.refresh: _TaskRefresh | None = None
         task.register_forward_pre_hook(self.before, with_kwargs=True)
         task.register_forward_hook(self.after, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"refresh": None}  # a copied task finds its own
 
     def before(self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refresh = self._of(task)
@@ -298,36 +327,36 @@ class _Attached:
 
     def _of(self, task: TrainingTask) -> _TaskRefresh | None:
         """The refresh of the model that the task trains now; None where there is none, or another owner."""
-        models = [m for m in task.get_trainable_module().modules() if isinstance(m, ReducedModel)]
-        if len(models) != 1 or not models[0].training:
+        models = [m for m in task.get_trainable_module().modules() if isinstance(m, ReducedModel) and m.training]
+        if len(models) != 1:
             return None
         (model,) = models
         owner = owner_of(model)
-        if owner is not None and not isinstance(owner, _TaskRefresh):
-            return None  # explicit
-        if self.refresh is None or owner is not self.refresh:
-            if not model.needs_refresh():
-                return None
-            self.refresh = _TaskRefresh(model)
+        if owner is None and model.needs_refresh():
+            owner = _TaskRefresh(model)
+        if not isinstance(owner, _TaskRefresh):
+            return None  # explicit, or nothing to do
+        if owner is not self.refresh:
+            self.refresh = owner
             _logger.info("ClusterRefresh attached to %s.", type(task).__name__)
-        self.refresh.ema = task.get_trainable_module(ema=True)
-        return self.refresh
+        owner.ema = task.get_trainable_module(ema=True)
+        return owner
 
 
-def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return kwargs["target"] if "target" in kwargs else args[1]
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs["target"] if "target" in kwargs else args[1] if len(args) > 1 else None
 
 
-# Tasks are told by a hook that is called when modules are assigned to modules, never in a forward pass. It is there while
-# a model lives that training would have to tend: made, copied or unpickled.
+# Tasks are told by a hook that is called when modules are assigned to modules, never in a forward pass. It is there
+# while a model lives that training would have to tend: made, copied, unpickled, or loaded.
 _living: weakref.WeakSet[ReducedModel] = weakref.WeakSet()
-_tasks: weakref.WeakSet[TrainingTask] = weakref.WeakSet()
 _hook: Any = None
+_looking = False
 
 
 def _watch_for_tasks(model: ReducedModel) -> None:
     global _hook
-    if not model.needs_refresh():
+    if not model.needs_refresh() or model in _living:
         return
     weakref.finalize(model, _release)
     _living.add(model)
@@ -337,17 +366,22 @@ def _watch_for_tasks(model: ReducedModel) -> None:
 
 def _release() -> None:
     global _hook
-    if _hook is not None and not len(_living):
+    if _hook is not None and not len(_living) and not _looking:  # torch goes through its hooks then
         _hook.remove()
         _hook = None
 
 
 def _watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if not isinstance(parent, TrainingTask) or isinstance(child, ModelEmaV3) or parent in _tasks or child is None:
+    global _looking
+    if child is None or not isinstance(parent, TrainingTask):
         return
-    if any(isinstance(module, ReducedModel) for module in child.modules()):
-        _tasks.add(parent)
-        _Attached(parent)
+    _looking = True
+    try:
+        attached = any(isinstance(getattr(h, "__self__", None), _Attached) for h in parent._forward_hooks.values())
+        if not attached and any(isinstance(module, ReducedModel) for module in child.modules()):
+            _Attached(parent)
+    finally:
+        _looking = False
 
 
 base.on_created.append(_watch_for_tasks)

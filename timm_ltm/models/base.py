@@ -62,6 +62,8 @@ def _load(model: "ReducedModel", state_dict: dict[str, Any], prefix: str, *_: An
 
 def _loaded(model: "ReducedModel", _: Any) -> None:
     model._read_epoch()
+    for callback in on_created:  # with the checkpoint's settings and epoch, training may have to tend it now
+        callback(model)
     owner = owner_of(model)
     if owner is not None:
         owner.on_loaded(model)
@@ -264,7 +266,7 @@ class ReducedModel(Saved):
         """In a forward pass of training: say once that nobody counts epochs and collects."""
         if not self.training or torch.compiler.is_compiling() or self._warned or not torch.is_grad_enabled():
             return
-        if owner_of(self) is None and self.needs_refresh():
+        if owner_of(self) is None and self._forced is not False and self.needs_refresh():
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__} trains without a refresh: "
