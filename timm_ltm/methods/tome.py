@@ -1,15 +1,15 @@
 """ToMe: 'Token Merging: Your ViT But Faster', Bolya et al., ICLR 2023, written from the paper.
 
-Of tokens in alternation, those of the one half that resemble one of the other half most are averaged into it, weighted by
-size (Section 3.2); attention behind is in proportion to sizes (Eq. 1 there). Prefix tokens are kept. Along the lines of a
-map it merges the same number in every row and in every column.
+Of tokens in alternation, those of the one half that resemble one of the other half most are averaged into it, weighted
+by size (Section 3.2); attention behind is in proportion to sizes (Eq. 1 there). Prefix tokens are kept. Along the lines
+of a map it merges the same number in every row and in every column.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,7 @@ class ToMeConfig(Config):
     """
 
     r: int | Sequence[int] | None = None
+    scheduled: ClassVar[tuple[str, ...]] = (*Config.scheduled, "r")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,15 +5,20 @@ from typing import Any
 
 import torch
 import torch.fx
+from timm.models import eva, vision_transformer
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_ltm.models.attention import has_keys
 from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import run_block
-from timm_ltm.reduction import Tokens
+from timm_ltm.reduction import Reducer, Tokens
 
 __all__ = ["SequenceModel", "every_second_block"]
+
+# timm's function is a leaf of FX graphs where timm's own forward pass is traced, but not where ours calls it
+for _module in (vision_transformer, eva):
+    exec("torch.fx.wrap('resample_abs_pos_embed')", vars(_module))
 
 
 @torch.fx.wrap  # FX's placeholders are not masks
@@ -60,6 +65,14 @@ class SequenceModel(ReducedModel):
                     f"blocks.{i}.attn: got {type(block.attn).__name__}, expected one whose keys can be read. Use timm's "
                     "Attention."
                 )
+
+    def _check_method(self, cls: type[Reducer]) -> None:
+        super()._check_method(cls)
+        if not cls.anchored and self.rotates and self.rope is not None:
+            raise ValueError(
+                f"method: got {cls.method} ({cls.__name__}) for a model with rotary positions, expected one whose "
+                "merged tokens have the place of one token each. Use another method, form or model."
+            )
 
     def depths(self) -> list[int]:
         return [len(self.blocks)]

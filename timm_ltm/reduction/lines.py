@@ -65,12 +65,6 @@ class LineReducer(Reducer):
             line = Line(unit, tokens.size, tokens.cells(CELLS_PER_SIDE), advice)
             return self.choose(line, self.num_slots(N))
 
-    def of_image(self, x: Tensor) -> Tensor:
-        """(B parts, N, D) -> (B, N, D): the mean of what is merged alike."""
-        if self.site.parts == 1:
-            return x
-        return x.reshape(-1, self.site.parts, fixed(x.shape[1]), fixed(x.shape[2])).mean(dim=1)
-
     def _along_lines(self, unit: Tensor, tokens: Tokens, grid: tuple[int, int], advice: Tensor | None) -> GridMask:
         """One mask for all rows, then one for all columns: whole columns merge, then whole rows, as tokens of H K keys.
 
@@ -126,8 +120,9 @@ class Placement(NamedTuple):
 
     @classmethod
     def identity(cls, batch: int, grid: tuple[int, int], like: Tensor) -> Placement:
-        """A map that nothing has merged yet."""
-        rows, columns = (torch.eye(n, device=like.device).expand(batch, -1, -1) for n in grid)
+        """A map that nothing has merged yet, as precise as sizes are."""
+        dtype = at_least_float32(like.new_empty(0)).dtype
+        rows, columns = (torch.eye(n, dtype=dtype, device=like.device).expand(batch, -1, -1) for n in grid)
         return cls(rows, columns, grid, grid)
 
     def then(self, mask: Mask, patch: tuple[int, int] = (1, 1)) -> Placement:
@@ -141,17 +136,19 @@ class Placement(NamedTuple):
             columns, rows = mask.axes("destinations")  # a GridMask's rows merge the width
             rows = torch.einsum("bij,ac->biajc", rows, inner[0]).flatten(3, 4).flatten(1, 2)  # B (H h) (H' h)
             columns = torch.einsum("bij,ac->biajc", columns, inner[1]).flatten(3, 4).flatten(1, 2)
-            assert self.rows is not None and self.columns is not None
+            assert self.rows is not None
+            assert self.columns is not None
             return Placement(self.rows @ rows, self.columns @ columns, self.grid, merged)
         to = mask.destinations().unflatten(2, mask.grid).unflatten(1, (self.merged[0] // h, self.merged[1] // w))
         to = torch.einsum("bxyuv,ac,de->bxayducve", to, *inner).flatten(1, 4).flatten(2, 5)  # B (H W) (H' W'), pixels
         return Placement(None, None, self.grid, merged, self._whole() @ to)
 
     def halved(self) -> Placement:
-        """After a layer of stride 2, which makes ceil(n / 2) of both maps' sides: the mean of what becomes one token."""
+        """After a layer of stride 2, which makes ceil(n / 2) of both maps' sides: means of what becomes one token."""
         grid, merged = (tuple(-(-n // 2) for n in size) for size in (self.grid, self.merged))
         if self.whole is None:
-            assert self.rows is not None and self.columns is not None
+            assert self.rows is not None
+            assert self.columns is not None
             return Placement(_halve(self.rows), _halve(self.columns), grid, merged)
         whole = self.whole.unflatten(2, self.merged).unflatten(1, self.grid)  # B H W H' W'
         return Placement(None, None, grid, merged, _halve_whole(whole).flatten(3).flatten(1, 2))
@@ -164,7 +161,8 @@ class Placement(NamedTuple):
         assert like is not None
         back = [_interpolation(n, m, like) for n, m in zip(self.merged, merged, strict=True)]
         if self.whole is None:
-            assert self.rows is not None and self.columns is not None
+            assert self.rows is not None
+            assert self.columns is not None
             return Placement(self.rows @ back[0], self.columns @ back[1], self.grid, merged)
         to = torch.einsum("iu,jv->ijuv", *back).flatten(2).flatten(0, 1)
         return Placement(None, None, self.grid, merged, self.whole @ to)
@@ -173,7 +171,8 @@ class Placement(NamedTuple):
         """A merged map (B, H', W', D) as the plain model's (B, H, W, D)."""
         if self.whole is not None:
             return (self.whole.to(x.dtype) @ x.flatten(1, 2)).unflatten(1, self.grid)
-        assert self.rows is not None and self.columns is not None
+        assert self.rows is not None
+        assert self.columns is not None
         H_, W_ = self.merged
         x = self.rows.to(x.dtype) @ x.reshape(x.shape[0], H_, -1)  # B H H' @ B H' (W' D)
         x = x.reshape(-1, W_, fixed(x.shape[2]) // W_)  # (B H) W' D
@@ -185,7 +184,8 @@ class Placement(NamedTuple):
         if self.whole is not None:
             weights = self.whole.mean(dim=1)  # B (H' W')
         else:
-            assert self.rows is not None and self.columns is not None
+            assert self.rows is not None
+            assert self.columns is not None
             weights = (self.rows.mean(dim=1).unsqueeze(2) * self.columns.mean(dim=1).unsqueeze(1)).flatten(1)
         return (weights.to(x.dtype).unsqueeze(1) @ x.flatten(1, 2)).squeeze(1)
 
@@ -204,7 +204,7 @@ def _halve(matrix: Tensor) -> Tensor:
 
 def _halve_whole(whole: Tensor) -> Tensor:
     """(B, H, W, H', W') with all sides halved, as :func:`_halve`."""
-    B, H, W, H_, W_ = whole.shape
+    H, W, H_, W_ = whole.shape[1:]
     whole = F.pad(whole, (0, W_ % 2, 0, H_ % 2, 0, W % 2, 0, H % 2))
     whole = whole.unflatten(4, (-1, 2)).sum(dim=5).unflatten(3, (-1, 2)).sum(dim=4)
     whole = whole.unflatten(2, (-1, 2)).sum(dim=3).unflatten(1, (-1, 2)).sum(dim=2)

@@ -1,8 +1,8 @@
 """A reduction as an object: what merges tokens, and puts them back (Section 3.1 of the paper).
 
-One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, H W grid. A mask
-G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z. What is put back goes the other
-way: a token gets the mean of the slots it went to, by the shares of it that went there.
+One letter per axis: B batch, N tokens, P slots, M = N - P tokens that have no slot of their own, D width, H W grid. A
+mask G (B, N, P) has non-negative weights and columns that sum to 1; merged tokens are G^T Z. What is put back goes the
+other way: a token gets the mean of the slots it went to, by the shares of it that went there.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class GridMask(NamedTuple):
         return self._product(*self.axes("destinations"))
 
     def axes(self, what: str) -> tuple[Tensor, Tensor]:
-        """``anchors``, ``dense`` or ``destinations`` of the rows' mask and of the columns': identities where none is."""
+        """``anchors``, ``dense`` or ``destinations`` of the rows' and the columns' mask: identities where none is."""
         B, device = self.size.shape[0], self.size.device
         found = []
         for mask, n in ((self.rows, self.start[1]), (self.columns, self.start[0])):
@@ -248,8 +248,8 @@ def soft_mask(
 ) -> SoftMask:
     """The soft form of :func:`hard_mask`, which it nears as the logits grow sharp.
 
-    ``to = softmax_p(logits + u)``, weights ``size * to * exp(u)``, columns scaled to sum to 1: the update u decides where
-    a token goes and how much it counts there.
+    ``to = softmax_p(logits + u)``, weights ``size * to * exp(u)``, columns scaled to sum to 1: the update u decides
+    where a token goes and how much it counts there.
 
     Args:
         order: (B, N) the anchors, then the others.

@@ -61,7 +61,8 @@ def bipartite_order(keys: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """
     N = fixed(keys.shape[1])
     gone = N - num_slots
-    assert gone <= (N + 1) // 2 and (N > 1 or not gone), "more go than there are even tokens"
+    assert gone <= (N + 1) // 2, "more go than there are even tokens"
+    assert N > 1 or not gone, "a token alone stays"
     if not gone:
         everyone = torch.arange(N, device=keys.device).expand(keys.shape[0], -1)
         return everyone, everyone[:, :0]

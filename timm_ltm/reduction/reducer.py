@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_ltm.reduction.masks import Mask
 from timm_ltm.reduction.settings import Config, nearest, num_slots, setting_error
-from timm_ltm.reduction.tokens import Tokens, no_autocast
+from timm_ltm.reduction.tokens import Tokens, fixed, no_autocast
 
 __all__ = [
     "METHODS",
@@ -92,7 +92,8 @@ class Observer:
 
 def recomputing() -> bool:
     """Whether this forward pass is torch.utils.checkpoint's, inside a backward pass: nothing is observed twice."""
-    return torch._C._current_graph_task_id() != -1
+    # in a compiled graph nothing in Python runs twice
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _nothing() -> None:
@@ -104,8 +105,8 @@ class Reducer(nn.Module):
 
     Args:
         site: Where it sits.
-        amount: How much it merges, one of what :meth:`Config.amounts` returned: r of Section 3.1, P = ceil(r N), on maps
-            (ceil(H sqrt r), ceil(W sqrt r)).
+        amount: How much it merges, one of what :meth:`Config.amounts` returned: r of Section 3.1, P = ceil(r N), on
+            maps (ceil(H sqrt r), ceil(W sqrt r)).
         config: The method's settings.
         device, dtype: Of its parameters.
 
@@ -171,8 +172,14 @@ class Reducer(nn.Module):
         """What is handed on to the next reducer, see :attr:`Tokens.carried`."""
         return None
 
-    def observe(self, z: Tensor, tokens: Tokens) -> None:
-        """In warm-up: look at tokens (B parts, N, D) that are not merged."""
+    def of_image(self, x: Tensor) -> Tensor:
+        """(B parts, N, D) -> (B, N, D): the mean of what is merged alike."""
+        if self.site.parts == 1:
+            return x
+        return x.reshape(-1, self.site.parts, fixed(x.shape[1]), fixed(x.shape[2])).mean(dim=1)
+
+    def observe(self, z: Tensor, tokens: Tokens, seen: Seen) -> Tensor | None:
+        """In warm-up: look at tokens (B parts, N, D) that are not merged. What is returned is carried on."""
 
     def forward(
         self, z: Tensor, tokens: Tokens, seen: Seen, num_prefix: int = 0, observe: bool = False
@@ -191,8 +198,7 @@ class Reducer(nn.Module):
         """
         if observe:
             with torch.no_grad(), no_autocast(z):
-                self.observe(z[:, num_prefix:], tokens)
-            return z, tokens
+                return z, tokens._replace(carried=self.observe(z[:, num_prefix:], tokens, seen))
         mask = self.mask(z[:, num_prefix:], tokens, seen)
         grid = getattr(mask, "grid", None)
         after = Tokens(

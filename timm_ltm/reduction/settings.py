@@ -7,7 +7,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["Config", "check_flag", "check_number", "check_whole", "nearest", "num_slots", "setting_error"]
 
@@ -71,6 +71,7 @@ class Config:
 
     compression_ratio: float | Sequence[float] | None = None
     merge_warmup_epochs: int = 0
+    scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio",)  # settings that say how much each block merges
 
     def __post_init__(self) -> None:
         ratio = self.compression_ratio

@@ -5,6 +5,7 @@ One letter per axis: B batch, N tokens, P slots, M = N - P tokens that lose thei
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from timm_ltm.reduction.masks import Mask
 
-__all__ = ["Tokens", "at_least_float32", "fixed", "grid_cells", "initial_tokens", "no_autocast", "one_hot", "take"]
+__all__ = ["Tokens", "at_least_float32", "fixed", "grid_cells", "initial_tokens", "no_autocast", "one_hot", "take", "unflatten"]
 
 
 class Tokens(NamedTuple):
@@ -102,6 +103,22 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def fixed(size: int) -> int:
     """A size that is not the batch's as a constant of traces, which then compute no shapes."""
     return int(size) if torch.jit.is_tracing() else size
+
+
+def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """``x.unflatten``, by a reshape that leaves the batch open: ONNX's older exporter makes constants of the other.
+
+    Args:
+        x: (B, ...).
+        dim: Not negative; where it is 0, one of ``sizes`` is -1.
+        sizes: What it becomes.
+    """
+    shape = [fixed(n) for n in x.shape[1:]]
+    if dim == 0:
+        return x.reshape(*sizes, *shape)
+    n, known = shape[dim - 1], math.prod([size for size in sizes if size != -1])
+    sizes = tuple(n // known if size == -1 else size for size in sizes)
+    return x.reshape(-1, *shape[: dim - 1], *sizes, *shape[dim:])
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """LTM's mask: slots are tokens, the least redundant ones; a learned update says how much the others count there.
 
-One letter per axis: B batch, N tokens, P slots, M = N - P tokens that lose their slot, A clusters, c cells, d width of what
-is clustered, D width.
+One letter per axis: B batch, N tokens, P slots, M = N - P tokens that lose their slot, A clusters, c cells, d width of
+what is clustered, D width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from timm_ltm.methods.ltm.update import mask_update, pool_slots
 from timm_ltm.reduction.lines import CELLS_PER_SIDE, Line, LineReducer
 from timm_ltm.reduction.masks import HardMask, SoftMask, hard_mask, soft_mask
 from timm_ltm.reduction.matching import order_by_redundancy
-from timm_ltm.reduction.reducer import Site, recomputing, register_method
+from timm_ltm.reduction.reducer import Seen, Site, recomputing, register_method
 from timm_ltm.reduction.settings import Config, check_flag, check_number, check_whole
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, fixed, one_hot, take
 
@@ -54,7 +54,8 @@ class LTMConfig(TrainedConfig):
         num_clusters: A, clusters of merged features per block.
         cluster_dim: d, width of the projection that is clustered. None: 32, or 16 in blocks narrower than 256.
         beta: Initial sharpness of destinations while training, learned per block: there a token is shared out by
-            softmax of beta times the cosine of keys. Otherwise each goes to its nearest anchor, as if beta were infinite.
+            softmax of beta times the cosine of keys. Otherwise each goes to its nearest anchor, as if beta were
+            infinite.
         proportional_attention: Attention to a token is in proportion to its size, as in ToMe: blocks behind a merge add
             log sizes to the logits.
         update: Apply the information-bottleneck update. ``False`` leaves anchors alone, and nothing to train.
@@ -167,13 +168,14 @@ class LTM(Clustered, LineReducer):
         of_cells = self._direction(at_least_float32(values), tokens)
         return mask_update(step, of_cells, at_least_float32(self.eta))
 
-    def observe(self, z: Tensor, tokens: Tokens) -> None:
+    def observe(self, z: Tensor, tokens: Tokens, seen: Seen) -> None:
         if self.config.update:
             self._direction(at_least_float32(self._values(z)), tokens)
 
     def _values(self, z: Tensor) -> Tensor:
-        """What is clustered (B, N, d): a projection of the tokens, each normalised before merging, which stays linear."""
-        return F.layer_norm(self.proj(self.of_image(z)), (self.cluster_dim,))
+        """What is clustered (B, N, d): a projection of the tokens, each normalised: merging stays linear."""
+        z = self.of_image(z).to(self.proj.weight.dtype)  # half precision under autocast, which is off here
+        return F.layer_norm(self.proj(z), (self.cluster_dim,))
 
     def _direction(self, values: Tensor, tokens: Tokens) -> Tensor:
         """dir of Eq. 3 (B, c, d), one per cell.
