@@ -135,7 +135,7 @@ class ModelContract(ExportContract):
         assert not torch.allclose(merged, plain(x), atol=1e-5), "it merges"
         assert_close(model.forward_head(features), merged, rtol=1e-4, atol=self.tolerance)
         assert shapes(model.forward_head(features, pre_logits=True)) == shapes(plain.forward_head(features, True))
-        final, maps = model.forward_intermediates(x)
+        final = model.forward_intermediates(x)[0]
         assert_close(final, features)
         for output_fmt in self.formats:
             for options in (
@@ -193,7 +193,7 @@ class ModelContract(ExportContract):
 
     @pytest.mark.parametrize("training", [False, True])
     def test_merged_tokens_are_put_back(self, method, training, x):
-        """A token has the value of its slots; sizes add up; the mean weighted by them is that of the tokens put back."""
+        """A token has the value of its slots; sizes add up; their weighted mean is that of the tokens put back."""
         model = self.build(method).train(training)
         merged, where = model.forward_merged(x)
         features = model.forward_features(x)

@@ -10,6 +10,8 @@ from timm.models import beit
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from timm_ltm.reduction.tokens import unflatten
+
 __all__ = ["attend", "has_keys"]
 
 _KNOWN = (Attention, AttentionRope, EvaAttention, beit.Attention)
@@ -37,7 +39,8 @@ def attend(
     """
     if type(attn) not in _KNOWN:
         k = attn.qkv(x.detach()).chunk(3, dim=2)[1].detach()
-        return attn(x, attn_mask=bias), k.unflatten(2, (attn.num_heads, -1)).mean(dim=2)[:, prefix:]
+        positions = {} if rope is None else {"rope": rope}
+        return attn(x, attn_mask=bias, **positions), unflatten(k, 2, (attn.num_heads, -1)).mean(dim=2)[:, prefix:]
     q, k, v = _project(attn, x)
     keys = k.detach().mean(dim=1)[:, prefix:]
     if rope is not None:
@@ -71,6 +74,6 @@ def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         q, k, v = qkv.chunk(3, dim=2)
     heads = getattr(attn, "num_kv_heads", attn.num_heads)
-    q = q.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)  # B N (h K) -> B h N K
-    k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (k, v))
+    q = unflatten(q, 2, (attn.num_heads, -1)).transpose(1, 2)  # B N (h K) -> B h N K
+    k, v = (unflatten(t, 2, (heads, -1)).transpose(1, 2) for t in (k, v))
     return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)

@@ -144,8 +144,7 @@ class ReducedModel(Saved):
         """Give blocks their reducers: after timm's own initialisation, whose random numbers are the plain model's."""
         self._check_method(cls)
         self.method, self.config = cls.method, config
-        default = config.default_ratios(self.depths(), self.maps) or self.default_ratios()
-        self.block_amounts = config.amounts(self.depths(), default)
+        self.block_amounts = self.amounts_of(config)
         amounts, behind, merges = iter(enumerate(self.block_amounts)), False, False
         fresh = True  # no reducer yet in this stage
 
@@ -153,7 +152,7 @@ class ReducedModel(Saved):
             nonlocal behind, fresh, merges
             index, amount = next(amounts)
             fresh = fresh or first
-            block.reducer, block.behind, block.parts = None, behind, parts
+            before, block.reducer, block.behind, block.parts = getattr(block, "reducer", None), None, behind, parts
             block.weighs = cls.weighs(config) and self.weighs_sizes
             block.num_prefix_tokens = getattr(self, "num_prefix_tokens", 0)
             if amount == 1:
@@ -161,6 +160,7 @@ class ReducedModel(Saved):
             site = Site(dim, tokens, index, fresh, self.num_classes, parts)
             like = next(block.parameters())
             block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
+            _keep_parameters(before, block.reducer)
             left = block.reducer.slots(tokens)
             behind, fresh, merges = True, False, merges or left != tokens
             return left
@@ -168,12 +168,17 @@ class ReducedModel(Saved):
         self.plan(put)
         if behind and not merges:
             warnings.warn(
-                f"compression_ratio: {self.config.compression_ratio} merges nothing at this input size, where the number "
-                "of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a block.",
+                f"compression_ratio: {self.config.compression_ratio} merges nothing at this input size, where the "
+                "number of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a block.",
                 stacklevel=4,
             )
         self.reduction.write({"method": self.method, **self._settings()})
         self._read_epoch()
+
+    def amounts_of(self, config: Config) -> tuple[float, ...]:
+        """How much each transformer block merges by these settings, 1.0 for nothing."""
+        default = config.default_ratios(self.depths(), self.maps) or self.default_ratios()
+        return config.amounts(self.depths(), default)
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__
@@ -185,8 +190,8 @@ class ReducedModel(Saved):
         told = self.reduction.told
         if "proportional_attention" in told and not self.weighs_sizes:
             raise ValueError(
-                f"proportional_attention: got {told['proportional_attention']!r} for {name}, whose attention cannot be in "
-                "proportion to sizes, expected none. Leave it out."
+                f"proportional_attention: got {told['proportional_attention']!r} for {name}, whose attention cannot be "
+                "in proportion to sizes, expected none. Leave it out."
             )
 
     def reducers(self) -> Iterator[tuple[str, Reducer]]:
@@ -281,7 +286,7 @@ class ReducedModel(Saved):
             )
 
     def _keep_parameters_in_graph(self, x: Tensor) -> Tensor:
-        """Add zero times every parameter of reducers: DistributedDataParallel wants gradients of all, also in warm-up."""
+        """Add zero times every parameter of reducers: DistributedDataParallel wants gradients of all, always."""
         self._check_tended()
         if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
             first = [p.flatten()[:1] for _, reducer in self.reducers() for p in reducer.parameters()]
@@ -331,6 +336,15 @@ class ReducedModel(Saved):
             f"{type(self).__name__}: TorchScript is deprecated by torch and does not take a model that merges. Use "
             "torch.export, torch.onnx.export or torch.compile."
         )
+
+
+def _keep_parameters(before: Reducer | None, after: Reducer) -> None:
+    """Of a reducer that another one like it takes the place of: optimizers may know them."""
+    old, new = (dict(r.named_parameters()) if r is not None else {} for r in (before, after))
+    if {n: (p.shape, p.dtype) for n, p in old.items()} == {n: (p.shape, p.dtype) for n, p in new.items()}:
+        for name, module in after.named_modules():
+            if module._parameters:
+                module._parameters.update(before.get_submodule(name)._parameters)
 
 
 def plain_class(cls: type) -> type[nn.Module]:

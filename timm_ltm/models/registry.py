@@ -15,6 +15,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, list_models, model_entrypoint
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import register_model
+from timm.models.beit import Beit
 from timm.models.byobnet import ByobNet
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientvit_mit import EfficientVit, EfficientVitLarge
@@ -24,9 +25,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_ltm.models.base import ReducedModel, known_arguments
+from timm_ltm.models.beit import ReducedBeit
 from timm_ltm.models.efficientvit import ReducedEfficientViT, ReducedEfficientViTLarge
 from timm_ltm.models.eva import ReducedEva
 from timm_ltm.models.mobilevit import ReducedMobileViT
+from timm_ltm.models.saved import is_own
 from timm_ltm.models.swin import ReducedSwin
 from timm_ltm.models.vit import ReducedViT, ReducedViTDistilled
 from timm_ltm.reduction import METHODS
@@ -39,6 +42,7 @@ FAMILIES: dict[type[nn.Module], type[ReducedModel]] = {
     VisionTransformer: ReducedViT,
     VisionTransformerDistilled: ReducedViTDistilled,
     Eva: ReducedEva,
+    Beit: ReducedBeit,
     SwinTransformer: ReducedSwin,
     ByobNet: ReducedMobileViT,
     EfficientVit: ReducedEfficientViT,
@@ -49,6 +53,7 @@ MODULES: dict[str, type[ReducedModel]] = {
     "vision_transformer": ReducedViT,
     "deit": ReducedViT,
     "eva": ReducedEva,
+    "beit": ReducedBeit,
     "swin_transformer": ReducedSwin,
     "mobilevit": ReducedMobileViT,
     "efficientvit_mit": ReducedEfficientViT,
@@ -60,7 +65,8 @@ REFUSED: dict[str, str] = {
     "vit_*pwee_*": "parallel blocks: attention and MLP side by side have no place between them",
     "vit_*_rpn_*": "post-norm residual blocks",
     "eva02_enormous_*": "post-norm residual blocks",
-    "beit*": "relative position tables over fixed tokens",
+    "beit_*": "tables of relative positions, which are of all patches",
+    "beitv2_*": "tables of relative positions, which are of all patches",
     "mobilevitv2_*": "linear attention without keys per head over all tokens",
 }
 # Short names
@@ -161,7 +167,7 @@ def _filter_of(plain: str) -> Callable[..., Any]:
     filter_fn = getattr(module, "checkpoint_filter_fn", None)
 
     def keep_ours(state_dict: dict[str, Any], model: ReducedModel) -> dict[str, Any]:
-        ours = {name: v for name, v in state_dict.items() if ".reducer." in name or name.startswith("reduction.")}
+        ours = {name: v for name, v in state_dict.items() if is_own(name)}
         theirs = {name: v for name, v in state_dict.items() if name not in ours}
         return {**(filter_fn(theirs, model) if filter_fn is not None else theirs), **ours}
 

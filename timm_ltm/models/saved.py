@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ltm.reduction import find_method
+from timm_ltm.reduction import Config, find_method
 
 __all__ = ["Reduction", "Saved", "is_own"]
 
@@ -17,6 +17,7 @@ class Reduction(nn.Module):
     """What a reducing model's checkpoints carry beside its parameters: method, schedule, settings and epochs behind.
 
     Attributes:
+        told: The settings that the user gave, as given.
         epoch: Epochs of training behind.
         settings: UTF-8 of JSON, (L,) of uint8: a buffer that EMA, safetensors and process groups hand on unchanged.
     """
@@ -34,59 +35,92 @@ class Reduction(nn.Module):
 
     @staticmethod
     def read(settings: Tensor) -> dict[str, Any]:
-        """The settings in a checkpoint; averages of several checkpoints are floats."""
-        return json.loads(bytes(settings.to(torch.uint8).tolist()))
+        """The settings in a checkpoint; averages of several checkpoints are floats.
+
+        Raises:
+            ValueError: They are none, as an average of checkpoints with different ones.
+        """
+        try:
+            return json.loads(bytes(settings.double().round().to(torch.uint8).tolist()))
+        except ValueError:
+            raise ValueError(
+                "reduction.settings: got what is no settings, expected those of one model. Average checkpoints of one "
+                "model only, or delete the entry to keep this model's settings."
+            ) from None
 
 
 class Saved(nn.Module):
-    """Mixin of :class:`~timm_ltm.models.base.ReducedModel`: loading. Settings that nobody told are the checkpoint's."""
+    """Mixin of :class:`~timm_ltm.models.base.ReducedModel`: loading. Settings that nobody told are the checkpoint's.
 
-    def _settings(self) -> dict[str, Any]:
-        """All settings, the schedule with one entry per block."""
-        return {**dataclasses.asdict(self.config), **self.config.schedule(self.block_amounts)}
+    Reducers that a checkpoint's settings change are made anew, so load before making an optimizer; of those that keep
+    their shapes the parameters are kept.
+    """
+
+    def _settings(self, config: Config | None = None) -> dict[str, Any]:
+        """All settings as JSON has them, the schedule with one entry per block."""
+        config = self.config if config is None else config
+        return json.loads(json.dumps({**dataclasses.asdict(config), **config.schedule(self.amounts_of(config))}))
 
     def _take_over(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Before loading: settings from the checkpoint, and what it lacks of ours as we have it."""
         saved = state_dict.get(f"{prefix}reduction.settings")
-        if saved is not None:
-            self._adjust(Reduction.read(saved))
+        if saved is not None and saved.is_meta:
+            saved = None
+        differing = self._adjust(Reduction.read(saved)) if saved is not None else {}
         own = {f"{prefix}{name}": value for name, value in self.state_dict().items() if is_own(name)}
         theirs = {name for name in state_dict if name.startswith(prefix) and is_own(name.removeprefix(prefix))}
-        learned = {name for name in theirs if ".reducer." in name}
-        missing = {name for name in own if ".reducer." in name and name not in state_dict}
-        if learned and missing:
-            blocks = sorted({name.split(".reducer.")[0].removeprefix(prefix) for name in learned})
-            raise ValueError(
-                f"compression_ratio: this model merges in {[name for name, _ in self.reducers()]}, the checkpoint has "
-                f"learned masks of {blocks}. Leave compression_ratio out to take over the checkpoint's, or merge in the "
-                "same blocks."
-            )
+        self._check_blocks(*({n.removeprefix(prefix) for n in names if ".reducer." in n} for names in (own, theirs)))
+        for name in own.keys() & theirs:
+            if differing and ".reducer." in name and own[name].shape != state_dict[name].shape:
+                there = ", ".join(f"{n}={value!r}" for n, value in differing.items())
+                raise ValueError(
+                    f"{' or '.join(differing)}: with what this model was told, {name} has shape "
+                    f"{tuple(own[name].shape)}, expected the checkpoint's {tuple(state_dict[name].shape)}, learned "
+                    f"with {there}. Leave it out to take over the checkpoint's."
+                )
         for name, value in own.items():
             state_dict.setdefault(name, value)
+        self.reduction.write({"method": self.method, **self._settings()})  # a model from "meta" may hold anything there
         state_dict[f"{prefix}reduction.settings"] = self.reduction.settings
         for name in theirs - own.keys():  # of a method or form that learns more
             del state_dict[name]
 
-    def _adjust(self, saved: dict[str, Any]) -> None:
-        """Take over a checkpoint's settings but for those told otherwise, which is said once."""
-        method, told = saved.pop("method"), self.reduction.told
+    def _check_blocks(self, own: set[str], theirs: set[str]) -> None:
+        """ValueError if the learned masks of a checkpoint are of other blocks than this model's, which has some."""
+        here, there = ({name.split(".reducer.")[0] for name in names} for names in (own, theirs))
+        here, there = ({name for name in names if name in dict(self.named_modules())} for names in (here, there))
+        if here and there and here != there:
+            raise ValueError(
+                f"compression_ratio: got one that merges in {sorted(here)}, expected {sorted(there)}, the blocks whose "
+                "learned masks the checkpoint has. Leave it out to take over the checkpoint's."
+            )
+
+    def _adjust(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Take over a checkpoint's settings but for those told. Those told otherwise, which is said once."""
+        method, told = saved.pop("method"), dict(self.reduction.told)
         if method != self.method:
             _say_once(
                 f"The checkpoint was saved with method {method!r}, this model merges by {self.method!r}: what the two "
                 "share is loaded."
             )
-            return
-        now = {name: list(value) if isinstance(value, tuple) else value for name, value in self._settings().items()}
-        other = {name for name, value in saved.items() if now.get(name) != value}
-        schedule = set(self.config.schedule(self.block_amounts))
-        if schedule & told.keys():  # two settings say the same: who is told one is told both
-            schedule |= other & {"compression_ratio", "r"}
-        kept = {name for name in other if name in told or (name in schedule & other and schedule & told.keys())}
-        if kept:
-            differing = ", ".join(f"{name} {now.get(name)} here, {saved[name]} there" for name in sorted(kept))
-            _say_once(f"The checkpoint was saved with other settings than this model was told to have: {differing}.")
-        if other - kept and "preset" not in kept:
-            taken = {name: value for name, value in saved.items() if name not in kept and value is not None}
-            self._plant(*find_method(self.method, {**taken, **{name: told[name] for name in kept & told.keys()}}))
+            return {}
+        form = {"preset": saved["preset"]} if "preset" in saved and "preset" not in told else {}
+        cls, empty = find_method(method, {**form, **{n: told[n] for n in told if n == "preset"}})
+        names = {field.name for field in dataclasses.fields(empty)}
+        scheduled = set(cls.Config.scheduled)  # they say the same: who told one told all
+        fixed = told.keys() | (scheduled if told.keys() & scheduled else set())
+        for name in scheduled & saved.keys():  # of a model that may since have been pruned
+            saved[name] = saved[name][: sum(self.depths())] if isinstance(saved[name], list) else saved[name]
+        taken = {name: value for name, value in saved.items() if name in names - fixed and value is not None}
+        cls, config = find_method(method, {**taken, **told})
+        settings = self._settings(config)
+        differing = {name: saved[name] for name in sorted(fixed & saved.keys()) if settings.get(name) != saved[name]}
+        if differing:
+            here = ", ".join(f"{name} {settings.get(name)} here, {value} there" for name, value in differing.items())
+            _say_once(f"The checkpoint was saved with other settings than this model was told to have: {here}.")
+        if settings != self._settings():
+            self._plant(cls, config)
+        return differing
 
 
 def is_own(name: str) -> bool:
