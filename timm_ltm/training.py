@@ -102,10 +102,12 @@ class ClusterRefresh:
     def on_loaded(self, model: ReducedModel) -> None:
         """At the start, and after a checkpoint: reducers may be new, and the epoch another."""
         reducers = dict(model.reducers())
-        if self.steps and reducers == self.reducers:
+        if reducers != self.reducers:
+            self.reducers, self.observers = reducers, model.observers(new=True)
+            self.steps = 0
+        if self.steps:
             return  # parameters that were set aside and put back, within an epoch
-        self.reducers, self.observers = reducers, model.observers(new=True)
-        self.steps, self.running, self.log_q = 0, {}, {}
+        self.running, self.log_q = {}, {}
         self._set_collecting()
         waits = max(0, model.config.merge_warmup_epochs - model.epoch)
         if waits and waits != self._waits:
