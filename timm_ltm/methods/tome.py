@@ -8,7 +8,7 @@ of a map it merges the same number in every row and in every column.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from timm_ltm.reduction.lines import Line, LineReducer
 from timm_ltm.reduction.masks import HardMask, hard_mask
 from timm_ltm.reduction.matching import bipartite_order
 from timm_ltm.reduction.reducer import register_method
-from timm_ltm.reduction.settings import Config, check_whole, num_slots, spread
+from timm_ltm.reduction.settings import Config, check_whole, is_several, num_slots, spread
 
 __all__ = ["ToMe", "ToMeConfig"]
 
@@ -40,7 +40,7 @@ class ToMeConfig(Config):
             return
         if self.compression_ratio is not None:
             raise ValueError("r: got one beside compression_ratio, expected one of them. Leave out the other.")
-        several = isinstance(self.r, Iterable) and not isinstance(self.r, (str, dict))
+        several = is_several(self.r)
         checked = tuple(check_whole("r", r, 0) for r in (self.r if several else (self.r,)))
         self._set("r", checked if several else checked[0])
 

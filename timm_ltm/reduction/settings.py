@@ -9,7 +9,17 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-__all__ = ["Config", "check_flag", "check_number", "check_whole", "nearest", "num_slots", "setting_error"]
+__all__ = [
+    "Config",
+    "check_flag",
+    "check_number",
+    "check_whole",
+    "is_several",
+    "nearest",
+    "num_slots",
+    "setting_error",
+    "spread",
+]
 
 
 def setting_error(name: str, got: object, expected: str, remedy: str) -> ValueError:
@@ -49,6 +59,11 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def is_several(value: Any) -> bool:
+    """Whether a value is a row of them: a list, a tuple, an array."""
+    return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) == 1
+
+
 def num_slots(num_tokens: int, ratio: float) -> int:
     """P = ceil(r N) (Section 3.1), at least 1 and immune to r N being a rounding error above a whole number."""
     return max(1, math.ceil(ratio * num_tokens - 1e-6))
@@ -76,7 +91,7 @@ class Config:
     def __post_init__(self) -> None:
         ratio = self.compression_ratio
         if ratio is not None:
-            several = isinstance(ratio, Iterable) and not isinstance(ratio, (str, dict))
+            several = is_several(ratio)
             checked = tuple(check_number("compression_ratio", r, 0.0, 1.0) for r in (ratio if several else (ratio,)))
             self._set("compression_ratio", checked if several else checked[0])
         self._set("merge_warmup_epochs", check_whole("merge_warmup_epochs", self.merge_warmup_epochs, 0))

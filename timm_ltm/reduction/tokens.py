@@ -16,7 +16,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from timm_ltm.reduction.masks import Mask
 
-__all__ = ["Tokens", "at_least_float32", "fixed", "grid_cells", "initial_tokens", "no_autocast", "one_hot", "take", "unflatten"]
+__all__ = [
+    "Tokens",
+    "at_least_float32",
+    "fixed",
+    "grid_cells",
+    "initial_tokens",
+    "no_autocast",
+    "one_hot",
+    "take",
+    "unflatten",
+]
 
 
 class Tokens(NamedTuple):

@@ -73,7 +73,7 @@ class LTMConfig(TrainedConfig):
         self._set("num_clusters", check_whole("num_clusters", self.num_clusters, 2))
         if self.cluster_dim is not None:
             self._set("cluster_dim", check_whole("cluster_dim", self.cluster_dim, 1))
-        self._set("beta", check_number("beta", self.beta, 0.0))
+        self._set("beta", check_number("beta", self.beta, 0.0, most=1e6))  # of cosines, which rounding blurs below
         check_flag("proportional_attention", self.proportional_attention)
         if not check_flag("update", self.update) and self.ib_loss_weight:
             raise ValueError(

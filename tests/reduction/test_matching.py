@@ -1,0 +1,45 @@
+"""Redundancy and orders, against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_ltm.reduction.matching import order_by_redundancy, redundancy, unit_vectors
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 8, 9])
+def test_redundancy_against_loops(N):
+    keys = unit_vectors(torch.randn(2, N, 4))
+    scores = redundancy(keys)
+    for b in range(2 if N > 1 else 0):
+        nearest = [max((j for j in range(N) if j != i), key=lambda j: keys[b, i] @ keys[b, j]) for i in range(N)]
+        for i, j in enumerate(nearest):
+            expected = float(keys[b, i] @ keys[b, j]) - (4.0 if nearest[j] == i and i < j else 0.0)
+            assert scores[b, i].item() == pytest.approx(expected, abs=1e-5)
+    assert scores.shape == (2, N)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 12), st.floats(0.0, 1.0), st.integers(0, 2**31))
+def test_order_is_a_permutation_with_the_least_redundant_in_front(B, N, share, seed):
+    keys = unit_vectors(torch.randn(B, N, 4, generator=torch.Generator().manual_seed(seed)))
+    P = max(1, round(share * N))
+    order, scores = order_by_redundancy(keys, P), redundancy(keys)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(N).expand(B, -1))
+    assert (order[:, :P].diff(dim=1) > 0).all()
+    if P < N:
+        assert (scores.gather(1, order[:, :P]).amax(dim=1) <= scores.gather(1, order[:, P:]).amin(dim=1)).all()
+
+
+def test_of_two_twins_one_stays():
+    keys = F.normalize(torch.randn(1, 10, 6), dim=2)
+    keys[:, 5] = keys[:, 4]
+    assert order_by_redundancy(keys, 9)[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 5]
+
+
+def test_a_zero_vector_stays_zero():
+    assert torch.equal(unit_vectors(torch.zeros(2, 3)), torch.zeros(2, 3))
