@@ -23,7 +23,7 @@ def fill(model):
         if hasattr(module, "centroids") and not module.centroids.is_meta:
             for buffer in module.buffers():
                 buffer.copy_(torch.randn(buffer.shape, generator=g))
-            module.temperature.fill_(module.centroids.shape[1] / 4)  # phi neither one-hot nor uniform
+            module.temperature.fill_(module.centroids.shape[1])  # phi neither one-hot nor uniform
     return model
 
 
