@@ -80,6 +80,7 @@ class ReducedModel(Saved):
         method: The method's name.
         config: Its settings.
         block_amounts: How much each transformer block merges, 1.0 for nothing.
+        planned: :meth:`depths` and :meth:`default_ratios` of the model as it was built: timm may prune it.
     """
 
     weighs_sizes: ClassVar[bool] = True
@@ -129,6 +130,7 @@ class ReducedModel(Saved):
         device = next((p.device for p in self.parameters()), None)
         cls, config = find_method(method, settings)
         self.adopt()
+        self.planned = self.depths(), self.default_ratios()
         self.reduction = Reduction(dict(settings), device)
         self._forced: bool | None = None
         self._warned = False
@@ -177,8 +179,8 @@ class ReducedModel(Saved):
 
     def amounts_of(self, config: Config) -> tuple[float, ...]:
         """How much each transformer block merges by these settings, 1.0 for nothing."""
-        default = config.default_ratios(self.depths(), self.maps) or self.default_ratios()
-        return config.amounts(self.depths(), default)
+        depths, default = self.planned
+        return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__

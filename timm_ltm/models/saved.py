@@ -109,8 +109,8 @@ class Saved(nn.Module):
         names = {field.name for field in dataclasses.fields(empty)}
         scheduled = set(cls.Config.scheduled)  # they say the same: who told one told all
         fixed = told.keys() | (scheduled if told.keys() & scheduled else set())
-        for name in scheduled & saved.keys():  # of a model that may since have been pruned
-            saved[name] = saved[name][: sum(self.depths())] if isinstance(saved[name], list) else saved[name]
+        for name in scheduled & saved.keys():  # of a model that was pruned before it merged
+            saved[name] = saved[name][: sum(self.planned[0])] if isinstance(saved[name], list) else saved[name]
         taken = {name: value for name, value in saved.items() if name in names - fixed and value is not None}
         cls, config = find_method(method, {**taken, **told})
         settings = self._settings(config)
