@@ -229,10 +229,6 @@ class ClusterRefresh:
             ``reseeded``.
         """
         self._check_owner()
-        with torch.inference_mode(False):  # validation's: tensors made there can be in no later loss
-            return self._commit()
-
-    def _commit(self) -> dict[str, dict[str, float]]:
         if not self._any_steps():
             return self.report
         if not self.steps:
@@ -245,7 +241,7 @@ class ClusterRefresh:
         if skipped and not self.skipped:
             warnings.warn(
                 f"{skipped} images had features that are not finite; they were left out of the clusters' refresh.",
-                stacklevel=3,
+                stacklevel=2,
             )
         self.skipped += skipped
         self.steps, self.running = 0, {}
