@@ -76,6 +76,7 @@ class ReducedModel(Saved):
         weighs_sizes: Attention of this family can be in proportion to sizes.
         maps: Its tokens are maps.
         windows: Its attention is in windows of a map.
+        any_size: timm's model has no size of its own: entrypoints take the ``img_size`` that merging is planned for.
         out_indices: Of ``features_only``, timm's default for the family.
         method: The method's name.
         config: Its settings.
@@ -86,6 +87,7 @@ class ReducedModel(Saved):
     weighs_sizes: ClassVar[bool] = True
     maps: ClassVar[bool] = False
     windows: ClassVar[bool] = False
+    any_size: ClassVar[bool] = False
     out_indices: ClassVar[Any] = 3
     collecting: bool = False
 

@@ -111,6 +111,7 @@ class ReducedEfficientViTLargeStage(_Stage, EfficientVitLargeStage):
 class _Model(MapModel):
     """Both kinds of models."""
 
+    any_size = True
     recomputes_stages = True
     out_indices = (0, 1, 2, 3)
     stage_class: type[_Stage]

@@ -215,7 +215,7 @@ def after_layer(layer: nn.Module, placement: Placement | None) -> Placement | No
 
 
 def input_size(model: nn.Module, default: int) -> tuple[int, int]:
-    """(H, W) of the images a model was made for, of timm's pretrained_cfg where it has one."""
+    """(H, W) of the images that merging is planned for: what the model was told, or timm's pretrained_cfg says."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    height, width = (dict(cfg) if isinstance(cfg, dict) else vars(cfg)).get("input_size", (3, default, default))[-2:]
+    height, width = getattr(model, "planned_size", cfg.get("input_size", (3, default, default))[-2:])
     return height, width

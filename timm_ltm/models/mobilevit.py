@@ -89,6 +89,7 @@ class ReducedMobileViT(MapModel, ByobNet):
     """timm's MobileViT, a ByobNet with MobileViT's blocks."""
 
     weighs_sizes = True
+    any_size = True
     recomputes_stages = True
     out_indices = (0, 1, 2, 3, 4)
 

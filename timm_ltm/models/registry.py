@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, list_models, model_entrypoint
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import register_model
@@ -143,8 +144,14 @@ def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) 
         of_timm = pretrained and not isinstance(cfg, dict) and not timms.get("pretrained_cfg_overlay")
 
         def make(**model_args: Any) -> ReducedModel:
-            source = {"pretrained": True, "pretrained_cfg": cfg, "cache_dir": timms.get("cache_dir")} if of_timm else {}
-            return _adopted(model_entrypoint(plain)(**source, **model_args), method, settings)
+            source = {"pretrained_cfg": cfg, "pretrained_cfg_overlay": timms.get("pretrained_cfg_overlay")}
+            if of_timm:
+                source.update(pretrained=True, cache_dir=timms.get("cache_dir"))
+            size = model_args.pop("img_size", None) if family.any_size else None
+            model = model_entrypoint(plain)(**source, **model_args)
+            if size is not None:
+                model.planned_size = to_2tuple(size)
+            return _adopted(model, method, settings)
 
         return build_model_with_cfg(
             make,
