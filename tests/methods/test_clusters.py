@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 
-from timm_ltm.merging.clusters import (
-    Clusters,
-    RunningClusters,
-    fit_temperature,
-    kmeans,
-    kmeans_plus_plus,
-    mean_entropy,
-)
-from timm_ltm.merging.information import class_conditional
-from timm_ltm.merging.update import assign, cluster_scores, direction, posterior_scores
+from timm_ltm.methods.ltm import Clusters, RunningClusters
+from timm_ltm.methods.ltm.clusters import fit_temperature, kmeans, kmeans_plus_plus, mean_entropy
+from timm_ltm.methods.ltm.information import class_conditional
+from timm_ltm.methods.ltm.update import assign, cluster_scores, direction, posterior_scores
 
 
 @pytest.fixture
@@ -38,8 +33,6 @@ def epoch(running, x, y, batch=32, number=0):
 
 
 def test_kmeans_finds_what_scikit_learn_finds(blobs):
-    from sklearn.cluster import KMeans
-
     x, _ = blobs
     ours = kmeans(x, 5, iterations=50, generator=torch.Generator().manual_seed(1))
     inertia = torch.cdist(x, ours).square().amin(dim=1).sum().item()
@@ -47,8 +40,6 @@ def test_kmeans_finds_what_scikit_learn_finds(blobs):
 
 
 def test_running_epoch_is_one_lloyd_iteration(blobs):
-    from sklearn.cluster import KMeans
-
     x, y = blobs
     clusters = Clusters(5, 6)
     running = RunningClusters(clusters, 3)
@@ -185,20 +176,66 @@ def test_fewer_features_than_clusters():
 
 def test_forward_is_the_direction_of_the_functions(blobs):
     x, y = blobs
-    clusters = Clusters(5, 6, num_classes=3, keeps_q=True)
-    epoch(RunningClusters(clusters, 3, normalize=False), x, y)
+    clusters = Clusters(5, 6)
+    running = RunningClusters(clusters, 3, normalize=False)
+    epoch(running, x, y)
     phi = assign(x, clusters.centroids, clusters.temperature)
     expected = direction(phi, posterior_scores(phi, clusters.scores), clusters.centroids)
     torch.testing.assert_close(clusters(x), expected)
-    literal = direction(phi, clusters.log_q.t()[y] / clusters.q_scale, clusters.centroids)
-    torch.testing.assert_close(clusters(x, y), literal)
-    torch.testing.assert_close(clusters(x, F.one_hot(y, 3)), literal)
+    w = running.log_q.t()[y]
+    torch.testing.assert_close(clusters(x, w), direction(phi, w, clusters.centroids))
+    assert clusters(x.half()).dtype == torch.float32
 
 
-def test_a_checkpoint_whose_clusters_do_not_fit():
-    with pytest.raises(ValueError, match=r"shape \(5, 6\), this model's have \(4, 6\).*num_clusters"):
-        Clusters(4, 6).load_state_dict(Clusters(5, 6).state_dict())
+def test_label_term_is_the_bound_s_as_loops(blobs):
+    x, y = (t[:20] for t in blobs)
+    clusters = Clusters(5, 6)
+    running = RunningClusters(clusters, 3)
+    epoch(running, x, y)
+    phi, log_q = clusters.phi(x), running.log_q
+    expected = -sum(phi[i, a] * log_q[a, y[i]] for i in range(20) for a in range(5)) / 20
+    torch.testing.assert_close(clusters.label_term(x, F.one_hot(y, 3), log_q), expected)
 
 
 def test_before_the_first_refresh_there_is_no_direction():
     assert torch.equal(Clusters(5, 6)(torch.randn(3, 6)), torch.zeros(3, 6))
+
+
+def test_kept_features_have_their_own_images_labels():
+    """In one write a place of the reservoir is drawn by many images of a batch: one of them has it, as a whole."""
+    running = RunningClusters(Clusters(2, 16), 64, reservoir=64)
+    code = torch.arange(20_000) % 64
+    features, labels = code.float().unsqueeze(1).expand(-1, 16).contiguous(), F.one_hot(code, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for number in range(15):
+            running.clear(number)
+            running.add(features, labels)
+            kept = running.labels[:64]
+            assert torch.equal(running.features[:64], kept.argmax(dim=1).float().unsqueeze(1).expand(-1, 16))
+            assert (kept.sum(dim=1) == 1).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_batch_at_a_time_is_an_image_at_a_time():
+    at_once, one_by_one = (RunningClusters(Clusters(2, 3), 5, reservoir=8) for _ in range(2))
+    x, y = torch.randn(500, 3), F.one_hot(torch.randint(5, (500,)), 5)
+    at_once.add(x, y)
+    for i in range(500):
+        one_by_one.add(x[i : i + 1], y[i : i + 1])
+    assert torch.equal(at_once.features[:8], one_by_one.features[:8])
+    assert torch.equal(at_once.labels[:8], one_by_one.labels[:8])
+
+
+def test_every_batch_size_draws_fairly():
+    """One batch far larger than the reservoir: every image is as likely to be kept."""
+    kept = []
+    for seed in range(40):
+        running = RunningClusters(Clusters(2, 1), 1, reservoir=25, seed=seed)
+        running.add(torch.arange(1000).float().unsqueeze(1), torch.ones(1000, 1))
+        kept.append(running.features[:25, 0])
+    kept = torch.cat(kept)
+    assert 460 < kept.mean() < 540  # 499.5 +- 9, more than four deviations
+    assert 270 < kept.std() < 310  # 288.7

@@ -1,0 +1,45 @@
+"""The information bottleneck of reports: Theorem 3.1, known tables, scikit-learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import mutual_info_score
+
+from timm_ltm.methods.ltm.information import (
+    bound_constant,
+    class_conditional,
+    ib_bound,
+    ib_loss,
+    joint,
+    mutual_information,
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 12), st.integers(2, 5), st.integers(2, 5), st.integers(2, 4), st.integers(0, 2**31))
+def test_ib_is_at_most_ibb_minus_constant(n, A, B, K, seed):
+    """Theorem 3.1, with the Q of Eq. 8."""
+    g = torch.Generator().manual_seed(seed)
+    phi = (3 * torch.randn(n, A, generator=g, dtype=torch.float64)).softmax(dim=1)
+    phi_input = (3 * torch.randn(n, B, generator=g, dtype=torch.float64)).softmax(dim=1)
+    labels = F.one_hot(torch.randint(K, (n,), generator=g), K).double()
+    log_q = class_conditional(phi.t() @ labels, smoothing=1e-9).log()
+    bound = ib_bound(phi, phi_input, labels, log_q) - bound_constant(phi_input)
+    assert ib_loss(phi, phi_input, labels) <= bound + 1e-9
+
+
+def test_mutual_information_of_known_tables():
+    torch.testing.assert_close(mutual_information(torch.eye(4) / 4), torch.tensor(4.0).log())
+    independent = torch.tensor([0.2, 0.8]).unsqueeze(1) * torch.tensor([0.5, 0.1, 0.4])
+    assert mutual_information(independent).abs() < 1e-6
+
+
+def test_mutual_information_agrees_with_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randint(4, (2, 200), generator=g)
+    table = joint(F.one_hot(a, 4).double(), F.one_hot(b, 4).double())
+    assert mutual_information(table).item() == pytest.approx(mutual_info_score(a, b), rel=1e-9)
