@@ -129,16 +129,15 @@ class Placement(NamedTuple):
         """After one more merge of the merged map, or of its patches of h x w pixels, pixel by pixel."""
         merged = mask.grid
         assert merged is not None, "a map is merged to a map"
-        (h, w), like = patch, mask.size
+        h, w = patch
         merged = merged[0] * h, merged[1] * w
-        inner = torch.eye(h, dtype=like.dtype, device=like.device), torch.eye(w, dtype=like.dtype, device=like.device)
         if isinstance(mask, GridMask) and self.whole is None:
             columns, rows = mask.axes("destinations")  # a GridMask's rows merge the width
-            rows = torch.einsum("bij,ac->biajc", rows, inner[0]).flatten(3, 4).flatten(1, 2)  # B (H h) (H' h)
-            columns = torch.einsum("bij,ac->biajc", columns, inner[1]).flatten(3, 4).flatten(1, 2)
             assert self.rows is not None
             assert self.columns is not None
-            return Placement(self.rows @ rows, self.columns @ columns, self.grid, merged)
+            rows, columns = self.rows @ _of_pixels(rows, h), self.columns @ _of_pixels(columns, w)
+            return Placement(rows, columns, self.grid, merged)
+        inner = (torch.eye(n, dtype=mask.size.dtype, device=mask.size.device) for n in patch)
         to = mask.destinations().unflatten(2, mask.grid).unflatten(1, (self.merged[0] // h, self.merged[1] // w))
         to = torch.einsum("bxyuv,ac,de->bxayducve", to, *inner).flatten(1, 4).flatten(2, 5)  # B (H W) (H' W'), pixels
         return Placement(None, None, self.grid, merged, self._whole() @ to)
@@ -193,6 +192,14 @@ class Placement(NamedTuple):
         if self.whole is not None:
             return self.whole
         return torch.einsum("bhu,bwv->bhwuv", self.rows, self.columns).flatten(3, 4).flatten(1, 2)
+
+
+def _of_pixels(matrix: Tensor, n: int) -> Tensor:
+    """(B, H, H') of patches as (B, H n, H' n) of the n pixels of each: the first goes to first ones, and so on."""
+    if n == 1:
+        return matrix
+    inner = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+    return torch.einsum("bij,ac->biajc", matrix, inner).flatten(3, 4).flatten(1, 2)  # B (H n) (H' n)
 
 
 def _halve(matrix: Tensor) -> Tensor:
