@@ -90,6 +90,15 @@ class TestSwin(ModelContract):
         with pytest.raises(ValueError, match="output_fmt: got 'NLC'"):
             model.forward_intermediates(x, output_fmt="NLC")
 
+    @pytest.mark.parametrize("given", [{}, {"feature_cls": "getter"}])
+    def test_features_are_laid_out_as_timms(self, given, x):
+        """Bit for bit with merging off. Hooks and graphs would give merged maps, of no whole reduction."""
+        model, plain = (build(features_only=True, **given) for build in (self.build, self.build_plain))
+        model.model.set_merging(False)
+        assert all(torch.equal(*maps) for maps in zip(model(x), plain(x), strict=True))
+        with pytest.raises(ValueError, match="feature_cls: got 'hook', expected 'getter'"):
+            self.build(features_only=True, feature_cls="hook")
+
     def test_keys(self, method, x):
         """The mean over heads of what timm's projection calls keys, back on the map, of one projection."""
         model, seen, runs = self.build(method, compression_ratio=(1.0, 1.0, 1.0, 0.5, 1.0, 1.0)), [], []

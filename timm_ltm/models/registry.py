@@ -14,6 +14,7 @@ from typing import Any
 
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, list_models, model_entrypoint
+from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import register_model
 from timm.models.beit import Beit
@@ -153,6 +154,11 @@ def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) 
                 model.planned_size = to_2tuple(size)
             return _adopted(model, method, settings)
 
+        wrapper = timms.get("feature_cls", "getter")
+        if timms.get("features_only") and wrapper not in ("getter", FeatureGetterNet):
+            raise setting_error(
+                "feature_cls", wrapper, "'getter'", "Leave it out: only forward_intermediates puts merged tokens back."
+            )
         return build_model_with_cfg(
             make,
             name,

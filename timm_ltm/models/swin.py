@@ -207,8 +207,10 @@ class ReducedSwin(MapModel, SwinTransformer):
 
     @classmethod
     def feature_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        stages = len(arguments.get("depths", (2, 2, 6, 2)))
-        return {"out_indices": tuple(range(stages)), "output_fmt": "NHWC"}  # of timm's models, not of its "getter"
+        stages = tuple(range(len(arguments.get("depths", (2, 2, 6, 2)))))
+        if "feature_cls" in arguments:  # timm's "getter" gives NCHW, what timm takes by itself NHWC
+            return {"out_indices": stages}
+        return {"out_indices": stages, "output_fmt": "NHWC"}
 
     def depths(self) -> list[int]:
         return [len(stage.blocks) for stage in self.layers]
