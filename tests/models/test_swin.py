@@ -219,7 +219,11 @@ def test_windows_that_fit():
 
 @pytest.mark.parametrize(
     ("name", "ratio", "budget"),
-    [("swin_tiny", 0.73, 3.79), ("swin_base", 0.73, 12.0), ("swin_base_patch4_window12_384", 0.69, 36.0)],
+    [
+        ("swin_tiny", 0.73, 3.79),
+        pytest.param("swin_base", 0.73, 12.0, marks=pytest.mark.slow),
+        pytest.param("swin_base_patch4_window12_384", 0.69, 36.0, marks=pytest.mark.slow),
+    ],
 )
 def test_default_schedules(name, ratio, budget):
     model = timm.create_model(f"ltm_{name}", device="meta").eval()
