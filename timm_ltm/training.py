@@ -159,11 +159,13 @@ class ClusterRefresh:
 
         ``ib_loss_weight`` times the IB bound of the pooled features that each block updates its mask from, summed over
         blocks, from ``ib_loss_start_epoch`` on; the bound's part that no mask changes is left out. Zero until Q was
-        committed once, also after resuming. Recomputed activations (gradient checkpointing) have to be of the
-        non-reentrant kind, timm's default.
+        committed once, also after resuming.
 
         Args:
             targets: As of :meth:`step`.
+
+        Raises:
+            ValueError: Features have no gradient, as under re-entrant checkpoints, which are not timm's default.
         """
         config, total = self.model.config, torch.zeros((), device=targets.device)
         weight, start = getattr(config, "ib_loss_weight", 0.0), getattr(config, "ib_loss_start_epoch", 0)
@@ -171,9 +173,17 @@ class ClusterRefresh:
             one_hot = self._one_hot(targets)
             for name, observer in self.observers.items():
                 log_q = self.log_q.get(name)
-                if observer.features is not None and log_q is not None and log_q.shape[1] == one_hot.shape[1]:
-                    with no_autocast(one_hot):
-                        total = total + self.reducers[name].clusters.label_term(observer.features, one_hot, log_q)
+                if observer.features is None or log_q is None or log_q.shape[1] != one_hot.shape[1]:
+                    continue
+                reducer = self.reducers[name]
+                trains = torch.is_grad_enabled() and any(p.requires_grad for p in reducer.parameters())
+                if trains and not observer.features.requires_grad:
+                    raise ValueError(
+                        f"ib_loss_weight: got features without gradient of {name}, expected some. Leave "
+                        "timm.layers.set_reentrant_ckpt at False, or ib_loss_weight at 0."
+                    )
+                with no_autocast(one_hot):
+                    total = total + reducer.clusters.label_term(observer.features, one_hot, log_q)
         return weight * total
 
     @torch.no_grad()
