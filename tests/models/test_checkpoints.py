@@ -145,6 +145,20 @@ def test_into_a_model_without_a_head_or_with_another():
         assert torch.equal(other.forward_features(X), model.forward_features(X))
 
 
+def test_clusters_of_other_classes(tmp_path):
+    """The printed form has as many clusters as classes: for another head they are new, and the rest is loaded."""
+    model = make(compression_ratio=0.75, preset="paper")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    overlay = {"file": str(tmp_path / "model.pth"), "num_classes": 10}
+    for classes in (4, 0):
+        other = timm.create_model(
+            "ltm_test_vit", img_size=64, num_classes=classes, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        reducers = [dict(m.reducers())["blocks.1.reducer"] for m in (other, model)]
+        assert torch.equal(*(reducer.mlp_fc1.weight for reducer in reducers))
+        assert reducers[0].clusters.log_q.shape[1] == (classes or 10)
+
+
 def test_wrapped_models():
     model = make(compression_ratio=RATIOS)
     wrapped = torch.nn.DataParallel(make())

@@ -236,8 +236,11 @@ class PaperLTM(Clustered, Reducer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}clusters.log_q")
-        if saved is not None and not self.site.num_classes and self.collects:  # without a head, the checkpoint tells
-            self._new_clusters(saved.shape[1])
+        if saved is not None and self.collects and saved.shape[1] != self.clusters.log_q.shape[1]:
+            if not self.site.num_classes:  # without a head, the checkpoint tells
+                self._new_clusters(saved.shape[1])
+            else:  # for another head, clusters are other ones: as after reset_classes
+                state_dict.update({f"{prefix}clusters.{name}": b for name, b in self.clusters.named_buffers()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
