@@ -219,6 +219,16 @@ def test_kept_features_have_their_own_images_labels():
         torch.set_num_threads(before)
 
 
+def test_images_that_are_not_finite_take_nobodys_place():
+    running = RunningClusters(Clusters(2, 3), 1, reservoir=8)
+    x = torch.randn(20, 3)
+    running.add(x, torch.ones(20, 1))
+    kept = running.features[:8].clone()
+    running.add(torch.full((500, 3), float("nan")), torch.ones(500, 1))
+    assert torch.equal(running.features[:8], kept)
+    assert running.labels[:8].sum() == 8
+
+
 def test_a_batch_at_a_time_is_an_image_at_a_time():
     at_once, one_by_one = (RunningClusters(Clusters(2, 3), 5, reservoir=8) for _ in range(2))
     x, y = torch.randn(500, 3), F.one_hot(torch.randint(5, (500,)), 5)
