@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import recomputed
 from timm_ltm.reduction import Placement, Tokens, initial_tokens
+from timm_ltm.reduction.tokens import fixed
 
 __all__ = ["MapModel", "ReducedStage", "map_tokens", "to_map"]
 
@@ -184,7 +185,7 @@ def map_tokens(x: Tensor, grid: tuple[int, int], parts: int = 1) -> Tokens:
 def to_map(x: Tensor, tokens: Tokens) -> Tensor:
     """(B, H' W', D) -> (B, H', W', D)."""
     assert tokens.grid is not None, "maps stay maps"
-    return x.unflatten(1, tokens.grid)
+    return x.reshape(-1, *tokens.grid, fixed(x.shape[2]))
 
 
 @torch.fx.wrap

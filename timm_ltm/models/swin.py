@@ -74,18 +74,20 @@ def _position_bias(attn: WindowAttention, window: tuple[int, int]) -> Tensor:
 
 def _attend(attn: WindowAttention, x: Tensor, window: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """timm's attention in windows x (B w, N, D) of any size, and the mean over heads of its keys (B w, N, K)."""
-    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B w) h N K
+    qkv, N = attn.qkv(x), fixed(x.shape[1])
+    width = fixed(qkv.shape[2]) // (3 * attn.num_heads)
+    q, k, v = qkv.reshape(-1, N, 3, attn.num_heads, width).permute(2, 0, 3, 1, 4).unbind(0)  # each (B w) h N K
     bias = _position_bias(attn, window)
     if mask is not None:
         bias = bias + mask.unsqueeze(1)  # w h N N
-    bias, windows = bias.to(q.dtype), bias.shape[0]
+    bias, windows = bias.to(q.dtype), fixed(bias.shape[0])
     if attn.fused_attn:
         bias = bias.repeat(x.shape[0] // windows, 1, 1, 1) if windows > 1 else bias
         drop = attn.attn_drop.p if attn.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=attn.scale)
     else:
-        logits = (q * attn.scale @ k.transpose(2, 3)).unflatten(0, (-1, windows)) + bias  # B w h N N
-        y = attn.attn_drop(attn.softmax(logits.flatten(0, 1))) @ v
+        logits = (q * attn.scale @ k.transpose(2, 3)).reshape(-1, windows, attn.num_heads, N, N) + bias  # B w h N N
+        y = attn.attn_drop(attn.softmax(logits.reshape(-1, attn.num_heads, N, N))) @ v
     y = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))  # (B w) h N K -> (B w) N (h K)
     return y, k.detach().mean(dim=1)
 
@@ -137,7 +139,8 @@ class ReducedSwinBlock(ReducedBlock, SwinTransformerBlock):
         elif any(shift):
             mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
         maps = _attend(self.attn, window_partition(x, window).flatten(1, 2), window, mask)  # B H W D -> (B w) N D
-        y, keys = (window_reverse(m.unflatten(1, window), window, H_, W_)[:, :H, :W] for m in maps)
+        maps = (m.reshape(-1, h, w, fixed(m.shape[2])) for m in maps)  # (B w) N D -> (B w) h w D
+        y, keys = (window_reverse(m, window, H_, W_)[:, :H, :W] for m in maps)
         if any(shift):
             y, keys = (m.roll((down, right), dims=(1, 2)) for m in (y, keys))
         return y, keys
