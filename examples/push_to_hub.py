@@ -3,9 +3,9 @@
     huggingface-cli login
     python examples/push_to_hub.py output/train/model_best.pth.tar USER/MODEL --model ltm_mobilevit_s --num-classes 10
 
-Weights go as safetensors, never as a pickle. The configuration keeps every LTM argument, the weights keep the clusters;
-the model card tells what was measured: parameters and GMACs of this model and of the plain one, and the checkpoint's
-top-1. ``timm.create_model("hf-hub:USER/MODEL", pretrained=True)`` after ``import timm_ltm`` gives the model back.
+Weights go as safetensors, never as a pickle, and carry method, ratios, settings and clusters; the model card tells what
+was measured: parameters and GMACs of this model and of the plain one, and the checkpoint's top-1.
+``timm.create_model("hf-hub:USER/MODEL", pretrained=True)`` after ``import timm_ltm`` gives the model back.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ import torch
 from timm.models import load_checkpoint, push_to_hf_hub
 from timm.utils import ParseKwargs
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import timm_ltm  # noqa: F401  registers the models
+from timm_ltm.cost import gmacs, input_size_of
 
 
-@torch.no_grad()
 def cost(model: nn.Module) -> str:
     """Parameters and multiply-adds of one image."""
-    size = (model.in_chans, *model.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *size))
+    _, H, W = input_size_of(model)
     parameters = sum(p.numel() for p in model.parameters())
-    return f"{parameters / 1e6:.2f} M parameters, {counter.get_total_flops() / 2e9:.3f} GMACs at {size[1]} x {size[2]}"
+    return f"{parameters / 1e6:.2f} M parameters, {gmacs(model):.3f} GMACs at {H} x {W}"
 
 
 def main() -> None:
@@ -43,7 +39,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true")
     args = parser.parse_args()
 
-    model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs)
+    model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
     load_checkpoint(model, args.checkpoint, use_ema=args.ema)
     model.set_merging(True)
     merged = cost(model)
@@ -55,13 +51,20 @@ def main() -> None:
         lines.append(f"- held-out top-1 when saved: {saved['metric']:.2f} %, after epoch {saved['epoch']}")
     card = dict(
         description=(
-            f"`{args.model}`: Learnable Token Merging (Wang & Yang, TPAMI 2025) by timm_ltm.\n\n"
+            f"`{args.model}`: timm's model, smaller and faster by merging tokens, with timm_ltm.\n\n"
             "```python\nimport timm, timm_ltm\n\n"
             f'model = timm.create_model("hf-hub:{args.repository}", pretrained=True)\n```\n'
         ),
         details={"Measured": "\n" + "\n".join(lines)},
     )
-    push_to_hf_hub(model, args.repository, private=args.private, model_card=card, safe_serialization=True)
+    push_to_hf_hub(
+        model,
+        args.repository,
+        private=args.private,
+        model_args=args.model_kwargs or None,  # timm 1.0.29 does not remember them
+        model_card=card,
+        safe_serialization=True,
+    )
 
 
 if __name__ == "__main__":

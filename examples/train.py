@@ -1,9 +1,9 @@
-"""Train any timm model, LTM or plain, on an ImageFolder (train/CLASS/*.png, validation/CLASS/*.png): one process.
+"""Train any timm model, merging or plain, on an ImageFolder (train/CLASS/*.png, validation/CLASS/*.png): one process.
 
     python examples/train.py DATA --model ltm_mobilevit_s --pretrained --model-kwargs merge_warmup_epochs=5
 
-All parts are timm's: loaders, optimizer, scheduler, task, EMA, saver. LTM attaches itself to the task; nothing here
-knows of it. For several machines, AMP with fp16, distillation and the rest, take timm's train.py: see docs/recipe.md.
+All parts are timm's: loaders, optimizer, scheduler, task, EMA, saver. The refresh of clusters and epochs attaches itself
+to the task; nothing here knows of it, but for the lines that say when merging starts. For several machines, AMP with fp16, distillation and the rest, take timm's train.py: see docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
-from timm.utils import AverageMeter, CheckpointSaver, ParseKwargs, accuracy
+from timm.utils import AverageMeter, CheckpointSaver, ParseKwargs, accuracy, setup_default_logging
 from torch import nn
 from tqdm import tqdm
 
-import timm_ltm  # noqa: F401  registers the models
+from timm_ltm.cost import input_size_of
 
 
 def arguments() -> argparse.Namespace:
@@ -63,6 +63,7 @@ def validate(model: nn.Module, loader: torch.utils.data.DataLoader, device: torc
 
 def main() -> None:
     args = arguments()
+    setup_default_logging()  # timm_ltm says when merging will start, and that it starts
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -72,9 +73,8 @@ def main() -> None:
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=classes, **args.model_kwargs)
     model = model.to(device)
     config = resolve_model_data_config(model)
-    config["input_size"] = (3, *getattr(model, "image_size", config["input_size"][1:]))
     common = dict(
-        input_size=config["input_size"], mean=config["mean"], std=config["std"], interpolation=config["interpolation"],
+        input_size=input_size_of(model), mean=config["mean"], std=config["std"], interpolation=config["interpolation"],
         batch_size=args.batch_size, num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0,
     )  # fmt: skip
     augmentation = dict(scale=(0.6, 1.0), hflip=args.hflip, color_jitter=None)
@@ -85,7 +85,7 @@ def main() -> None:
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
         criterion = SoftTargetCrossEntropy()
-    task = ClassificationTask(model, criterion, device=device, verbose=False)  # LTM attaches itself here
+    task = ClassificationTask(model, criterion, device=device, verbose=False)  # the refresh attaches itself here
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
     scheduler, epochs = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.lr / 10
