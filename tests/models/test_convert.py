@@ -16,6 +16,7 @@ import timm_ltm
 
 from .contract import is_ours, shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*trains without a refresh")
 SMALL = {"img_size": 64, "num_classes": 10}
 BEIT = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 10}
 X = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -122,7 +123,6 @@ class TestBeit:
     }
     methods: ClassVar = ("ltm", "tome")
 
-    @pytest.mark.filterwarnings("ignore:.*trains without a refresh")
     def test_beit_without_tables(self, kind, method):
         torch.manual_seed(0)
         plain = Beit(**BEIT, **self.kinds[kind], drop_path_rate=0.1, attn_drop_rate=0.1).eval()

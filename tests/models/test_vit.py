@@ -17,6 +17,7 @@ from timm_ltm import ClusterRefresh
 
 from .contract import ModelContract, shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*trains without a refresh")
 TINY = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
