@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as an ImageFolder, to try examples/train.py or timm's train.py without a download.
 
 python examples/digits_folder.py DIGITS
-python examples/train.py DIGITS --model ltm_vit_test --model-kwargs img_size=32 patch_size=4 merge_warmup_epochs=8
+python examples/train.py DIGITS --model ltm_test_vit --model-kwargs img_size=32 patch_size=4 merge_warmup_epochs=8
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python examples/train.py DATA --model ltm_mobilevit_s --pretrained --model-kwargs merge_warmup_epochs=5
 
-All parts are timm's: loaders, optimizer, scheduler, task, EMA, saver. The refresh of clusters and epochs attaches itself
-to the task; nothing here knows of it, but for the lines that say when merging starts. For several machines, AMP with fp16, distillation and the rest, take timm's train.py: see docs/recipe.md.
+All parts are timm's: loaders, optimizer, scheduler, task, EMA, saver. What refreshes clusters and counts epochs
+attaches itself to the task; nothing here knows of it. For several machines, AMP with fp16, distillation and the rest,
+take timm's train.py: see docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def main() -> None:
         if task.has_ema():
             line += f", of the EMA {validate(task.get_eval_model(ema=True), test_loader, device):.2f} %"
         merging = getattr(model, "merging", None)
-        tqdm.write(line + ("" if merging is None else f", {'merging' if merging else 'plain'} from here on"))
+        tqdm.write(line + ("" if merging is None else ", merging" if merging else ", not merging yet"))
         saver.save_checkpoint(epoch, metric=top1)
 
 

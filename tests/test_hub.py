@@ -37,9 +37,10 @@ FAMILIES = {
 def run(hub, cache, code, given=None):
     """A fresh process that takes the stand-in for the Hub: what it prints last, as JSON."""
     head = f"GIVEN = {given!r}\n" + CODE
+    paths = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
-        "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH")))),
+        "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", head + code], env=environment, capture_output=True, text=True, timeout=300, check=False
