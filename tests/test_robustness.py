@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from small import make, run_epoch
+from small import cluster_state, make, run_epoch
 from test_training import make_paper
 from timm.layers import set_reentrant_ckpt
 from timm.task import ClassificationTask, resume_task_checkpoint
@@ -48,6 +48,51 @@ def test_large_features_in_half_precision(is_map, dtype):
         running.commit()
         assert all(buffer.isfinite().all() for buffer in reducer.clusters.buffers())
         assert reducer.clusters.centroids.any()
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_collects_once_and_leaves_gradients(digits, reentrant, warmup):
+    """Activations recomputed in the backward pass, also by torch's re-entrant form; tokens are put back."""
+    x, y = digits
+    gradients, states = [], []
+    set_reentrant_ckpt(reentrant)
+    try:
+        for checkpointing in (False, True):
+            model = make(merge_warmup_epochs=warmup)
+            model.set_grad_checkpointing(checkpointing)
+            refresh = timm_ltm.ClusterRefresh(model)
+            model.train()
+            features = model.forward_features(x[:32])
+            loss = F.cross_entropy(model.forward_head(features), y[:32]) + features[:, 1:].square().mean()
+            refresh.step(y[:32])  # before the backward pass, in which blocks run again
+            loss.backward()
+            assert all(reducer.observer.features is None for _, reducer in model.reducers())
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            assert {entry["features"] for entry in refresh.epoch_end().values()} == {32.0}
+            states.append(cluster_state(model))
+    finally:
+        set_reentrant_ckpt(False)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_patch_dropout_keeps_cells_by_position(digits):
+    x, y = digits
+    model = make(patch_drop_rate=0.5).train()
+    refresh = timm_ltm.ClusterRefresh(model)
+    _, tokens, _ = model.embed(x[:8])
+    cells = tokens.cells(4)
+    assert cells.shape == (8, 32)
+    rows, columns = tokens.anchor // 8, tokens.anchor % 8
+    assert torch.equal(cells, rows // 2 * 4 + columns // 2)
+    assert len({tuple(row.tolist()) for row in tokens.anchor}) > 1
+    assert model(x[:8]).isfinite().all()
+    refresh.step(y[:8])
+    assert {entry["features"] for entry in refresh.epoch_end().values()} == {8.0}
 
 
 def test_ib_loss_is_added_from_its_epoch_on(digits):

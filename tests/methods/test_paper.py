@@ -227,7 +227,7 @@ def test_half_precision_and_autocast(dtype, autocast, observe):
     X, tokens = X.to(dtype), tokens._replace(size=tokens.size.float())
     found = []
     for half in (False, True):
-        x = X if half else X.float()
+        x, second.observer.fresh = X if half else X.float(), True
         if half and not autocast:
             first.to(dtype), second.to(dtype)
         with torch.autocast("cpu", dtype=dtype, enabled=half and autocast):

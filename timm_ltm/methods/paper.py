@@ -185,6 +185,8 @@ class PaperLTM(Clustered, Reducer):
                 f"labels: got {len(observer.labels)} for a batch of {len(features)}, expected one per image. Call "
                 "refresh.labels with the targets of this batch."
             )
+        if not recomputing():
+            observer.fresh = False  # the next forward pass is of another batch
         log_q = self.clusters.log_q.to(features.dtype)
         return observer.labels.to(features.dtype) @ log_q.t()  # B K @ K A
 
