@@ -1,4 +1,4 @@
-"""What a model costs, counted the same way on every device: one counter for README, benchmarks, examples and budgets."""
+"""What a model costs, counted the same way on every device: one counter for README, benchmarks and budgets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["gmacs", "input_size_of"]
+
+
+def _baddbmm(_: Sequence[int], a: Sequence[int], b: Sequence[int], *args: object, **kwargs: object) -> int:
+    """Flops of a product of shapes (B, n, k) and (B, k, m)."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+_MORE = {torch.ops.aten.baddbmm_: _baddbmm}  # torch counts it out of place only
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
@@ -38,6 +46,10 @@ def gmacs(model: nn.Module, input_size: Sequence[int] | None = None) -> float:
     like = next(model.parameters())
     x = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
     # with gradients: torch's counter looks for those of a parameter that is a module's input, as in attention pooling
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=_MORE) as counter,
+    ):
         model(x)
     return counter.get_total_flops() / 2e9

@@ -38,8 +38,6 @@ class ToMeConfig(Config):
         super().__post_init__()
         if self.r is None:
             return
-        if self.compression_ratio is not None:
-            raise ValueError("r: got one beside compression_ratio, expected one of them. Leave out the other.")
         several = is_several(self.r)
         checked = tuple(check_whole("r", r, 0) for r in (self.r if several else (self.r,)))
         self._set("r", checked if several else checked[0])

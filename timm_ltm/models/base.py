@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from timm_ltm.models.budget import amounts_within
 from timm_ltm.models.saved import Reduction, Saved
-from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method
+from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method, form_of
 
 __all__ = ["MergeMasks", "ReducedModel", "known_arguments", "owner_of", "owners", "plain_class"]
 
@@ -137,6 +138,8 @@ class ReducedModel(Saved):
         self._forced: bool | None = None
         self._warned = False
         self._merging = False
+        self._epoch, self._budgets = 0, {}
+        self.block_amounts = (1.0,) * sum(self.planned[0])
         self._plant(cls, config)
         self.register_load_state_dict_pre_hook(_load)
         self.register_load_state_dict_post_hook(_loaded)
@@ -149,6 +152,17 @@ class ReducedModel(Saved):
         self._check_method(cls)
         self.method, self.config = cls.method, config
         self.block_amounts = self.amounts_of(config)
+        if self._put_reducers(cls, config):
+            warnings.warn(
+                f"compression_ratio: {self.config.compression_ratio} merges nothing at this input size, where the "
+                "number of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a block.",
+                stacklevel=4,
+            )
+        self.reduction.write({"method": self.method, **self._settings()})
+        self._read_epoch()
+
+    def _put_reducers(self, cls: type[Reducer], config: Config) -> bool:
+        """One in every block whose amount is not 1. True if there are some, and none of them merges anything."""
         amounts, behind, merges = iter(enumerate(self.block_amounts)), False, False
         fresh = True  # no reducer yet in this stage
 
@@ -170,19 +184,26 @@ class ReducedModel(Saved):
             return left
 
         self.plan(put)
-        if behind and not merges:
-            warnings.warn(
-                f"compression_ratio: {self.config.compression_ratio} merges nothing at this input size, where the "
-                "number of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a block.",
-                stacklevel=4,
-            )
-        self.reduction.write({"method": self.method, **self._settings()})
-        self._read_epoch()
+        return behind and not merges
+
+    def merge_as(self, cls: type[Reducer], config: Config, amounts: tuple[float, ...]) -> None:
+        """Merge by these amounts, whatever the settings say: to see what that costs."""
+        self.block_amounts = amounts
+        self._put_reducers(cls, config)
+        self._merging = any(amount != 1 for amount in amounts)
+
+    def schedule_for(self, share: float) -> tuple[float, ...]:
+        """Ratios, one per block, whose powers are the schedule that costs this share of the plain model's GMACs."""
+        return self.planned[1]
 
     def amounts_of(self, config: Config) -> tuple[float, ...]:
         """How much each transformer block merges by these settings, 1.0 for nothing."""
         depths, default = self.planned
-        return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
+        if config.gmacs is None:
+            return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
+        if config not in self._budgets:
+            self._budgets[config] = amounts_within(self, form_of(self.method, config), config)
+        return self._budgets[config]
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__

@@ -2,7 +2,17 @@
 
 from timm_ltm.reduction.lines import LineReducer, Placement
 from timm_ltm.reduction.masks import DenseMask, GridMask, HardMask, Mask, SoftMask
-from timm_ltm.reduction.reducer import METHODS, Config, Observer, Reducer, Seen, Site, find_method, register_method
+from timm_ltm.reduction.reducer import (
+    METHODS,
+    Config,
+    Observer,
+    Reducer,
+    Seen,
+    Site,
+    find_method,
+    form_of,
+    register_method,
+)
 from timm_ltm.reduction.tokens import Tokens, initial_tokens
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "SoftMask",
     "Tokens",
     "find_method",
+    "form_of",
     "initial_tokens",
     "register_method",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "Seen",
     "Site",
     "find_method",
+    "form_of",
     "recomputing",
     "register_method",
     "setting_names",
@@ -68,7 +69,7 @@ class Observer:
     Attributes:
         features: (B, F) of the last training batch, None once taken.
         labels: (B, K) of the batch, for methods that read them.
-        fresh: Nothing was made of these labels yet but forward passes.
+        fresh: No forward pass has read these labels yet.
 
     Copies of a model are not observed: deepcopy and pickle leave None in its place.
     """
@@ -262,6 +263,12 @@ def find_method(name: str, settings: dict[str, Any]) -> tuple[type[Reducer], Con
             raise setting_error("preset", preset, expected, "Leave it out for the default.")
         cls = cls.presets.get(preset, cls)
     return cls, cls.Config.from_settings(settings, name)
+
+
+def form_of(name: str, config: Config) -> type[Reducer]:
+    """The reducer of a method, or of the preset that its settings name."""
+    cls = METHODS[name]
+    return cls.presets.get(getattr(config, "preset", "default"), cls)
 
 
 def setting_names(cls: type[Reducer]) -> list[str]:

@@ -65,8 +65,12 @@ def is_several(value: Any) -> bool:
 
 
 def num_slots(num_tokens: int, ratio: float) -> int:
-    """P = ceil(r N) (Section 3.1), at least 1 and immune to r N being a rounding error above a whole number."""
-    return max(1, math.ceil(ratio * num_tokens - 1e-6))
+    """P = ceil(r N) (Section 3.1), at least 1 and immune to r N being a rounding error above a whole number.
+
+    In whole numbers: exporters take minutes for sizes known at run time that are rounded products of floats.
+    """
+    whole, share = 10**9, max(round(ratio * 10**9), 2000)
+    return (num_tokens * share + whole - 1 - 1000) // whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Config:
             ceil(H sqrt r) x ceil(W sqrt r). One number for all blocks, one per stage, or one per block; 1.0 means that
             this block does not merge. Of few tokens a ratio near 1 merges none: 0.95 of 19 are 19. None: the family's
             own schedule.
+        gmacs: In place of ratios, the share of the plain model's GMACs that the merging one may cost. The ratios that
+            meet it are found from the shapes, and saved as ``compression_ratio``.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
 
     Raises:
@@ -85,8 +91,9 @@ class Config:
     """
 
     compression_ratio: float | Sequence[float] | None = None
+    gmacs: float | None = None
     merge_warmup_epochs: int = 0
-    scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio",)  # settings that say how much each block merges
+    scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio", "gmacs")  # what says how much each block merges
 
     def __post_init__(self) -> None:
         ratio = self.compression_ratio
@@ -94,7 +101,12 @@ class Config:
             several = is_several(ratio)
             checked = tuple(check_number("compression_ratio", r, 0.0, 1.0) for r in (ratio if several else (ratio,)))
             self._set("compression_ratio", checked if several else checked[0])
+        if self.gmacs is not None:
+            self._set("gmacs", check_number("gmacs", self.gmacs, 0.0, 1.0))
         self._set("merge_warmup_epochs", check_whole("merge_warmup_epochs", self.merge_warmup_epochs, 0))
+        given = [name for name in self.scheduled if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: got one beside {given[0]}, expected one of them. Leave out the other.")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen, but for the checks of its own constructor
@@ -136,7 +148,7 @@ class Config:
 
     def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
         """What :meth:`amounts` returned as the setting that says the same."""
-        return {"compression_ratio": list(amounts)}
+        return {"compression_ratio": list(amounts), "gmacs": None}
 
 
 def spread(value: Any, depths: Sequence[int], name: str, remedy: str) -> tuple[Any, ...]:

@@ -1,0 +1,80 @@
+"""A budget in place of ratios: how much each block merges so that a forward pass costs a share of the plain model's."""
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from timm_ltm.cost import gmacs, input_size_of
+from timm_ltm.reduction import Config, Reducer
+
+if TYPE_CHECKING:
+    from timm_ltm.models.base import ReducedModel
+
+__all__ = ["amounts_within"]
+
+_ENOUGH = 0.002  # of the plain model's GMACs: a nearer share is not looked for
+_STEPS = 12
+
+
+def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config) -> tuple[float, ...]:
+    """The amounts that cost the largest share of the plain model's GMACs not above ``config.gmacs``.
+
+    Those of the family's schedule for this share, all to one power, which is found by counting a copy of the model on
+    torch's "meta" device: what the method computes and putting back are in it. No image is needed, and no memory.
+
+    Args:
+        model: Before its reducers are planted.
+        cls: The method.
+        config: Its settings.
+
+    Returns:
+        One for each transformer block, 1.0 for nothing.
+
+    Raises:
+        ValueError: However much is merged, the model costs more.
+    """
+    shape = _on_meta(model).eval()
+    size = input_size_of(model)
+    shape.set_merging(False)
+    whole = gmacs(shape, size)
+    pattern = config.default_ratios(model.planned[0], model.maps) or model.schedule_for(config.gmacs)
+
+    def amounts(power: float) -> tuple[float, ...]:
+        return tuple(max(ratio**power, 1e-3) for ratio in pattern)
+
+    def share(power: float) -> float:
+        shape.merge_as(cls, config, amounts(power))
+        return gmacs(shape, size) / whole
+
+    low, of_low, high = 0.0, 1.0, 1.0  # powers, and the first's share: above the budget and not above it
+    of_high = share(high)
+    while of_high > config.gmacs:
+        low, of_low, high = high, of_high, 2.0 * high
+        of_high = share(high)
+        if high > 64 and of_high > config.gmacs:
+            raise ValueError(
+                f"gmacs: got {config.gmacs}, expected at least {of_high:.3f} of this model's, where its blocks are "
+                "left with a token each. Use a larger share, or compression_ratio to merge in other blocks."
+            )
+    for step in range(_STEPS):
+        if config.gmacs - of_high <= _ENOUGH:
+            break
+        # a straight line between the two tells where to look, every third time the middle
+        at = (of_low - config.gmacs) / (of_low - of_high) if step % 3 != 2 and of_low > of_high else 0.5
+        middle = low + min(max(at, 0.1), 0.9) * (high - low)
+        found = share(middle)
+        if found <= config.gmacs:
+            high, of_high = middle, found
+        else:
+            low, of_low = middle, found
+    return amounts(high)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without storage."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
