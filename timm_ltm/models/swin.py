@@ -29,6 +29,11 @@ from timm_ltm.reduction.tokens import at_least_float32, fixed
 __all__ = ["ReducedSwin", "ReducedSwinBlock", "ReducedSwinStage", "fit_window"]
 
 
+def _sides(x: Tensor) -> tuple[int, int]:
+    """H and W of maps (B, H, W, D), as constants of compiled graphs and of traces."""
+    return operator.index(x.shape[1]), operator.index(x.shape[2])
+
+
 def fit_window(length: int, window: int) -> int:
     """The window for lines of ``length`` tokens: the one near ``window`` that pads them least, of several the nearest.
 
@@ -126,13 +131,13 @@ class ReducedSwinBlock(ReducedBlock, SwinTransformerBlock):
             x: Normalised.
             fitted: In windows that fit it, rather than in timm's.
         """
-        H, W = fixed(x.shape[1]), fixed(x.shape[2])
+        H, W = _sides(x)
         window, shift = self.windows_of((H, W)) if fitted else (self.window_size, self.shift_size)
         (h, w), (down, right) = window, shift
         if any(shift):
             x = x.roll((-down, -right), dims=(1, 2))
         x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
-        H_, W_ = fixed(x.shape[1]), fixed(x.shape[2])
+        H_, W_ = _sides(x)
         mask = None
         if any(shift) and fitted:
             mask = shift_mask((H, W), (H_, W_), window, shift, x)
@@ -163,7 +168,7 @@ class ReducedSwinStage(ReducedStage, SwinTransformerStage):
         x = self.downsample(x)
         if placement is not None and not isinstance(self.downsample, nn.Identity):
             placement = placement.halved()
-        grid = fixed(x.shape[1]), fixed(x.shape[2])
+        grid = _sides(x)
         tokens = map_tokens(x.flatten(1, 2), grid)  # B H W D -> B (H W) D
         for block in self.blocks:
             x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe)
