@@ -3,6 +3,7 @@
 One letter per axis: B batch, D width, H W grid of timm's map, H' W' of the merged one.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class MapModel(ReducedModel):
     def forward_stages(self, x: Tensor, observe: bool = False) -> tuple[Tensor, Placement | None]:
         """The merged map behind the last stage, before :meth:`finish`, and where it lies."""
         self._check_tended()
-        x, placement = self.stem(x), None
+        x, placement = self.stem(_of_fixed_size(x)), None
         for stage in self.stage_modules():
             x, placement = self.run_stage(stage, x, placement, observe)
         return x, placement
@@ -150,7 +151,7 @@ class MapModel(ReducedModel):
         stages, first = self.stage_modules(), self.stem_features
         taken, last = feature_take_indices(len(stages) + first, indices)
         end = len(stages) + first - 1
-        x, placement, maps = self.stem(x), None, []
+        x, placement, maps = self.stem(_of_fixed_size(x)), None, []
         finished = None  # once: norms of batches count
         if first and 0 in taken:
             maps.append(x)
@@ -186,6 +187,18 @@ def to_map(x: Tensor, tokens: Tokens) -> Tensor:
     """(B, H' W', D) -> (B, H', W', D)."""
     assert tokens.grid is not None, "maps stay maps"
     return x.reshape(-1, *tokens.grid, fixed(x.shape[2]))
+
+
+@torch.fx.wrap
+def _of_fixed_size(images: Tensor) -> Tensor:
+    """Images whose height and width compilers and exporters take for constants.
+
+    How many tokens are left, their order and how they are halved have no simple form in symbols: with symbolic sizes a
+    compiler needs many times as long as for every size anew, and an exporter gives up on some.
+    """
+    for side in images.shape[2:]:
+        operator.index(side)
+    return images
 
 
 @torch.fx.wrap

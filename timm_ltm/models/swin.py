@@ -177,18 +177,6 @@ class ReducedSwinStage(ReducedStage, SwinTransformerStage):
         return x, placement
 
 
-@torch.fx.wrap
-def _of_fixed_size(images: Tensor) -> Tensor:
-    """Images whose height and width compilers take for constants.
-
-    How many tokens are left, windows that fit and their padding have no simple form in symbols: with symbolic sizes a
-    compiler needs many times as long as for every size anew. Plain Swin cannot be exported with symbolic ones either.
-    """
-    for side in images.shape[2:]:
-        operator.index(side)
-    return images
-
-
 class ReducedSwin(MapModel, SwinTransformer):
     """timm's Swin Transformer.
 
@@ -252,7 +240,7 @@ class ReducedSwin(MapModel, SwinTransformer):
                 grid = put(block, block.dim, grid, j == 0)
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(_of_fixed_size(x))
+        return self.patch_embed(x)
 
     def stage_modules(self) -> nn.Sequential:
         return self.layers
