@@ -109,7 +109,7 @@ class ClusterRefresh:
             return  # parameters that were set aside and put back, within an epoch
         self.running, self.log_q = {}, {}
         self._set_collecting()
-        waits = max(0, model.config.merge_warmup_epochs - model.epoch)
+        waits = model.warmup_left
         if waits and waits != self._waits:
             _logger.info("Plain training first: merging starts after %d more epochs.", waits)
         self._waits = waits
@@ -117,7 +117,7 @@ class ClusterRefresh:
     def _set_collecting(self) -> None:
         """Collect in merged epochs and in the last one of warm-up."""
         self.model._read_epoch()
-        self.collects = self.model.merging or self.model.epoch + 1 >= self.model.config.merge_warmup_epochs
+        self.collects = self.model.merging or self.model.warmup_left <= 1
         self.model.set_collecting(self.collects and bool(self.observers))
 
     @property

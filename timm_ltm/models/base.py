@@ -233,6 +233,11 @@ class ReducedModel(Saved):
         return self._epoch
 
     @property
+    def warmup_left(self) -> int:
+        """Epochs of plain training still to come before merging begins."""
+        return max(0, self.config.merge_warmup_epochs - self._epoch)
+
+    @property
     def merging(self) -> bool:
         """Whether a forward pass merges now."""
         return self._merging
@@ -252,7 +257,7 @@ class ReducedModel(Saved):
         epoch = self.reduction.epoch
         self._epoch = 0 if epoch.is_meta else int(epoch)
         # a plain flag: torch.compile would compile anew for every value of a counter
-        after_warmup = self._epoch >= self.config.merge_warmup_epochs
+        after_warmup = self.warmup_left == 0
         reduces = any(amount != 1 for amount in self.block_amounts)
         self._merging = reduces and (after_warmup if self._forced is None else self._forced)
 
@@ -272,7 +277,7 @@ class ReducedModel(Saved):
 
     def needs_refresh(self) -> bool:
         """Whether training it needs somebody who counts its epochs or collects its features."""
-        warming = self._forced is None and self._epoch < self.config.merge_warmup_epochs
+        warming = self._forced is None and self.warmup_left > 0
         return warming or any(reducer.collects for _, reducer in self.reducers())
 
     def set_collecting(self, enable: bool) -> None:
@@ -301,8 +306,8 @@ class ReducedModel(Saved):
             warnings.warn(
                 f"{type(self).__name__} trains without a refresh: "
                 + (
-                    f"merging, planned after {self.config.merge_warmup_epochs} epochs, will never start. "
-                    if self._epoch < self.config.merge_warmup_epochs
+                    f"merging, planned in {self.warmup_left} epochs, will never start. "
+                    if self.warmup_left > 0
                     else "its clusters are never updated, so the learned part stays at zero. "
                 )
                 + "Train it under a timm task, or with refresh = timm_ltm.ClusterRefresh(model), refresh.step(targets) "
