@@ -306,7 +306,7 @@ class ReducedModel(Saved):
             warnings.warn(
                 f"{type(self).__name__} trains without a refresh: "
                 + (
-                    f"merging, planned in {self.warmup_left} epochs, will never start. "
+                    f"merging, planned after {self.warmup_left} epochs, will never start. "
                     if self.warmup_left > 0
                     else "its clusters are never updated, so the learned part stays at zero. "
                 )
