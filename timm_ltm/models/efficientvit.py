@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from timm_ltm.models.block import ReducedBlock
 from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, input_size, map_tokens, to_map
 from timm_ltm.reduction import Placement, Tokens
-from timm_ltm.reduction.tokens import fixed, no_autocast
+from timm_ltm.reduction.tokens import fixed, no_autocast, unflatten
 
 __all__ = [
     "ReducedEfficientViT",
@@ -54,7 +54,8 @@ class ReducedEfficientViTBlock(ReducedBlock, EfficientVitBlock):
 
 def _to_tokens(x: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, H W, D)."""
-    return x.flatten(2).transpose(1, 2)
+    D, H, W = (fixed(n) for n in x.shape[1:])
+    return x.reshape(-1, D, H * W).transpose(1, 2)
 
 
 def _attend(attn: LiteMLA, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,16 +64,17 @@ def _attend(attn: LiteMLA, x: Tensor) -> tuple[Tensor, Tensor]:
     timm's module does not tell its keys, and projecting twice costs. They are those of single tokens, not of the
     neighbourhoods that its other scales see.
     """
-    H, W = x.shape[-2:]
+    H, W = fixed(x.shape[2]), fixed(x.shape[3])
     qkv = attn.qkv(x)
-    keys = qkv.detach().unflatten(1, (-1, 3, attn.dim))[:, :, 1].mean(dim=1)  # B (h 3 K) H W -> B K H W
+    keys = unflatten(qkv.detach(), 1, (-1, 3, attn.dim))[:, :, 1].mean(dim=1)  # B (h 3 K) H W -> B K H W
     scales = torch.cat([qkv, *[scale(qkv) for scale in attn.aggreg]], dim=1)
-    scales = scales.unflatten(1, (-1, 3 * attn.dim)).flatten(3).transpose(-1, -2)  # B (s h 3 K) H W -> B (s h) N (3 K)
+    heads = fixed(scales.shape[1]) // (3 * attn.dim)
+    scales = scales.reshape(-1, heads, 3 * attn.dim, H * W).transpose(2, 3)  # B (s h 3 K) H W -> B (s h) N (3 K)
     q, k, v = scales.chunk(3, dim=-1)
     q, k, v = attn.kernel_func(q), attn.kernel_func(k), F.pad(v, (0, 1), value=1.0)
     with no_autocast(v):
         y = attn._attn(q, k, v)
-    y = y.transpose(-1, -2).flatten(1, 2).unflatten(2, (H, W))  # B (s h) N K -> B (s h K) H W
+    y = y.transpose(2, 3).reshape(-1, heads * attn.dim, H, W)  # B (s h) N K -> B (s h K) H W
     return attn.proj(y), _to_tokens(keys)
 
 
