@@ -174,7 +174,7 @@ class LTM(Clustered, LineReducer):
 
     def _values(self, z: Tensor) -> Tensor:
         """What is clustered (B, N, d): a projection of the tokens, each normalised: merging stays linear."""
-        z = self.of_image(z).to(self.proj.weight.dtype)  # half precision under autocast, which is off here
+        z = self.of_image(z).to(self.eta.dtype)  # half precision under autocast, which is off here; weights may be int8
         return F.layer_norm(self.proj(z), (self.cluster_dim,))
 
     def _direction(self, values: Tensor, tokens: Tokens) -> Tensor:
