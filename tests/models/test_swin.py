@@ -131,11 +131,10 @@ class TestSwin(ModelContract):
             return graph.forward
 
         torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for size in ((64, 64), (96, 48), (64, 64)):  # the last is known
-            x = self.images(size=size)
-            assert_close(compiled(x), model(x), rtol=1e-4, atol=self.tolerance)
-        assert [str(sides[0]) for sides in graphs] == ["torch.Size([64, 64])", "torch.Size([96, 48])"]
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+        x = self.images(size=(96, 48))
+        assert_close(compiled(x), model(x), rtol=1e-4, atol=self.tolerance)
+        assert [str(sides[0][-2:]) for sides in graphs] == ["torch.Size([96, 48])"]
 
     def test_export_of_any_height_and_width_is_refused(self):
         """At once; plain timm's is refused too, after a minute."""

@@ -138,7 +138,13 @@ class Reducer(nn.Module):
         self, site: Site, amount: float, config: Config, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.site, self.amount, self.config = site, amount, config
+        self.site, self.config = site, config
+        self._amount = float(amount).as_integer_ratio()  # whole numbers: torch.compile may take floats for symbols
+
+    @property
+    def amount(self) -> float:
+        """How much it merges, one of what :meth:`Config.amounts` returned."""
+        return self._amount[0] / self._amount[1]
 
     @classmethod
     def weighs(cls, config: Config) -> bool:
