@@ -99,3 +99,14 @@ def test_other_blocks_are_refused():
     model.stages[3][1].__class__ = Other
     with pytest.raises(ValueError, match=r"stages\.3\.1: got Other"):
         timm_ltm.convert(model, "ltm")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["ltm", "tome"])
+def test_dynamic_int8(method):
+    """Keys and clusters come from what quantised modules compute: they have no weight to look at."""
+    model = timm.create_model(f"{method}_mobilevit_xxs", num_classes=10, blocks=BLOCKS, num_features=48).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 3, 64, 64)
+    assert quantised(x).isfinite().all()
+    assert not torch.equal(quantised(x), model(x))
