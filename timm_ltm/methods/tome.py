@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from timm_ltm.reduction.lines import Line, LineReducer
 from timm_ltm.reduction.masks import HardMask, hard_mask
 from timm_ltm.reduction.matching import bipartite_order
@@ -66,8 +64,9 @@ class ToMe(LineReducer):
 
     def num_slots(self, num_tokens: int) -> int:
         """At least half of the tokens stay."""
-        wanted = num_tokens + int(self.amount) if self.amount < 0 else num_slots(num_tokens, self.amount)
-        return max(wanted, num_tokens - num_tokens // 2)
+        if self.amount < 0:
+            return num_tokens - min(-int(self.amount), num_tokens // 2)
+        return num_slots(num_tokens, max(self.amount, 0.5))
 
     def side_slots(self, num_tokens: int) -> int:
         if self.amount < 0:
@@ -75,9 +74,8 @@ class ToMe(LineReducer):
                 f"r: got {-int(self.amount)} for a model whose tokens are a map, expected a share of it. Use "
                 "compression_ratio."
             )
-        return max(super().side_slots(num_tokens), num_tokens - num_tokens // 2)
+        return num_slots(num_tokens, max(self.amount**0.5, 0.5))
 
     def choose(self, line: Line, num_slots: int) -> HardMask:
-        with torch.no_grad():
-            order, slot = bipartite_order(line.unit, num_slots)
+        order, slot = bipartite_order(line.unit, num_slots)  # keys have no gradient
         return hard_mask(order, slot, line.size, num_slots)

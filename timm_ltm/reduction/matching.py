@@ -61,15 +61,13 @@ def bipartite_order(keys: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """
     N = fixed(keys.shape[1])
     gone = N - num_slots
-    assert gone <= (N + 1) // 2, "more go than there are even tokens"
-    assert N > 1 or not gone, "a token alone stays"
-    if not gone:
-        everyone = torch.arange(N, device=keys.device).expand(keys.shape[0], -1)
-        return everyone, everyone[:, :0]
-    best, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)  # B N/2 N/2 -> B N/2
-    ranked = best.topk(fixed(best.shape[1]), dim=1).indices  # even tokens, the most similar first
-    goes, to = 2 * ranked[:, :gone], 2 * partner.gather(1, ranked[:, :gone]) + 1
-    odd = torch.arange(1, N, 2, device=keys.device).expand(keys.shape[0], -1)
-    stays = torch.cat((2 * ranked[:, gone:], odd), dim=1).sort(dim=1).values
+    assert 2 * gone <= N + 1, "more go than there are even tokens"
+    index = torch.arange(N, device=keys.device)
+    # all pairs, and all but even-odd ones out of reach: halves of N would fix in exported graphs whether it is even
+    apart = 1 - (1 - index % 2).unsqueeze(1) * (index % 2)  # N N
+    best, partner = (keys @ keys.transpose(1, 2) - 4.0 * apart.to(keys.dtype)).max(dim=2)  # B N N -> B N
+    ranked = best.topk(N, dim=1).indices  # even tokens, the most similar first, then odd ones
+    goes, to = ranked[:, :gone], partner.gather(1, ranked[:, :gone])
+    stays = ranked[:, gone:].sort(dim=1).values
     slot = to - (goes.unsqueeze(1) < to.unsqueeze(2)).sum(dim=2)  # as many places lower as tokens before it go
     return torch.cat((stays, goes), dim=1), slot

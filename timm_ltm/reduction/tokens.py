@@ -106,8 +106,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Products of what :func:`at_least_float32` returned stay in float32 under autocast."""
-    available = torch.amp.is_autocast_available(x.device.type)  # "meta" has none
-    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+    device = x.device.type
+    # "meta" has none; and exported graphs have a graph of its own for every context
+    entered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if entered else nullcontext()
 
 
 def fixed(size: int) -> int:

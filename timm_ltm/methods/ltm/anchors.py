@@ -142,8 +142,7 @@ class LTM(Clustered, LineReducer):
         return config.proportional_attention
 
     def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
-        with torch.no_grad():
-            order = order_by_redundancy(line.unit, num_slots)
+        order = order_by_redundancy(line.unit, num_slots)  # keys have no gradient
         P, unit = num_slots, take(line.unit, order)
         similarity = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
         own: Tensor | None = None
