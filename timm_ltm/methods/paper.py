@@ -135,12 +135,12 @@ class PaperLTM(Clustered, Reducer):
     def _first_mask(self, seen: Seen) -> Tensor:
         """f(X / tau) (B, N, P), a linear layer and a sigmoid (Section 3.1)."""
         assert seen.inputs is not None, "f(X) needs the block's input"
-        X = self.of_image(seen.inputs).to(self.mask_fc.weight.dtype)
+        X = _as_weights(self.of_image(seen.inputs), self.mask_fc)
         return at_least_float32(self.mask_fc(X / TAU).sigmoid())
 
     def _values(self, z: Tensor) -> Tensor:
         """What is clustered (B, N, D): the tokens themselves (Section 3.2)."""
-        return self.of_image(z).to(self.mlp_fc1.weight.dtype)
+        return _as_weights(self.of_image(z), self.mlp_fc1)
 
     def _mask_before(self, tokens: Tokens) -> Tensor:
         """G^(l-1) (B, N, P) in this block's shape: its P columns at even spacing (Eq. 2)."""
@@ -249,3 +249,8 @@ class PaperLTM(Clustered, Reducer):
 def _as_grid(tokens: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a map, (N, 1) of a sequence."""
     return tokens if isinstance(tokens, tuple) else (tokens, 1)
+
+
+def _as_weights(x: Tensor, layer: nn.Module) -> Tensor:
+    """x in the dtype of a layer's weights: half precision under autocast, off here. In 8 bits, they take any."""
+    return x.to(layer.weight.dtype) if isinstance(layer.weight, Tensor) else x
