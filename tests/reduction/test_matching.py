@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_ltm.reduction.matching import order_by_redundancy, redundancy, unit_vectors
+from timm_ltm.reduction.matching import (
+    _odd_partners,
+    _odd_partners_of_all,
+    order_by_redundancy,
+    redundancy,
+    unit_vectors,
+)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 8, 9])
@@ -43,3 +49,12 @@ def test_of_two_twins_one_stays():
 
 def test_a_zero_vector_stays_zero():
     assert torch.equal(unit_vectors(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 7, 10])
+def test_pairs_of_halves_and_of_all_are_the_same(num_tokens):
+    keys = unit_vectors(torch.randn(3, num_tokens, 5))
+    (best, partner), (of_all, partner_of_all) = (f(keys, num_tokens) for f in (_odd_partners, _odd_partners_of_all))
+    torch.testing.assert_close(best[:, ::2], of_all[:, ::2])
+    assert torch.equal(partner[:, ::2], partner_of_all[:, ::2])
+    assert (best[:, 1::2] < -1).all() and (of_all[:, 1::2] < -1).all(), "odd tokens never go"

@@ -62,12 +62,24 @@ def bipartite_order(keys: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     N = fixed(keys.shape[1])
     gone = N - num_slots
     assert 2 * gone <= N + 1, "more go than there are even tokens"
-    index = torch.arange(N, device=keys.device)
-    # all pairs, and all but even-odd ones out of reach: halves of N would fix in exported graphs whether it is even
-    apart = 1 - (1 - index % 2).unsqueeze(1) * (index % 2)  # N N
-    best, partner = (keys @ keys.transpose(1, 2) - 4.0 * apart.to(keys.dtype)).max(dim=2)  # B N N -> B N
+    best, partner = _odd_partners(keys, N) if isinstance(N, int) and N > 1 else _odd_partners_of_all(keys, N)
     ranked = best.topk(N, dim=1).indices  # even tokens, the most similar first, then odd ones
     goes, to = ranked[:, :gone], partner.gather(1, ranked[:, :gone])
     stays = ranked[:, gone:].sort(dim=1).values
     slot = to - (goes.unsqueeze(1) < to.unsqueeze(2)).sum(dim=2)  # as many places lower as tokens before it go
     return torch.cat((stays, goes), dim=1), slot
+
+
+def _odd_partners(keys: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """(B, N) of even tokens the similarity to the nearest odd one, and which it is; odd ones are out of reach."""
+    best, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)  # B N/2 N/2 -> B N/2
+    odd = torch.full_like(best, -4.0)
+    best = torch.stack((best, odd), dim=2).flatten(1)[:, :N]  # B N/2 2 -> B N
+    return best, (2 * partner + 1).repeat_interleave(2, dim=1)[:, :N]
+
+
+def _odd_partners_of_all(keys: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """The same of all pairs: where N is a symbol of an exported graph, halves of it would fix whether it is even."""
+    index = torch.arange(N, device=keys.device)
+    apart = 1 - (1 - index % 2).unsqueeze(1) * (index % 2)  # N N: 0 for an even token and an odd one
+    return (keys @ keys.transpose(1, 2) - 4.0 * apart.to(keys.dtype)).max(dim=2)  # B N N -> B N
