@@ -285,6 +285,14 @@ def test_a_model_that_cannot_be_refreshed():
         timm_ltm.ClusterRefresh(make(num_classes=0))
 
 
+def test_a_model_without_merges_has_nothing_to_refresh(digits):
+    """The baseline of a comparison, in the same loop."""
+    x, y = (t[:32] for t in digits)
+    model = make(compression_ratio=1.0, merge_warmup_epochs=2)
+    assert run_epoch(model, timm_ltm.ClusterRefresh(model), x, y) == {}
+    assert (model.epoch, model.merging) == (1, False)
+
+
 def test_epoch_end_counts_epochs_that_were_trained(digits):
     x, y = digits
     model = make(**FEW)

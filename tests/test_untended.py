@@ -30,13 +30,14 @@ NO_SETTINGS = {k: v for k, v in SHAPE.items() if k != "num_clusters"}
         ("ltm_vit_test", {}, "its clusters are never updated"),
         ("ltm_vit_test", {"merge_warmup_epochs": 3}, "merging, planned after 3 epochs, will never start"),
         ("tome_vit_test", {"merge_warmup_epochs": 3}, "merging, planned after 3 epochs, will never start"),
+        ("ltm_vit_test", {"merge_warmup_epochs": 3, "compression_ratio": 1.0}, None),
         ("ltm_vit_test", {"update": False}, None),
         ("tome_vit_test", {}, None),
     ],
 )
 def test_training_without_a_refresh_says_so_once(digits, name, settings, told):
     x, y = digits
-    model = timm.create_model(name, **NO_SETTINGS, **settings).train()
+    model = timm.create_model(name, **{**NO_SETTINGS, **settings}).train()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.eval()(x[:2])

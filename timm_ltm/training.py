@@ -22,7 +22,7 @@ from timm_ltm.methods.ltm import RunningClusters
 from timm_ltm.models import base
 from timm_ltm.models.base import ReducedModel, owner_of
 from timm_ltm.models.saved import Reduction
-from timm_ltm.reduction import Reducer
+from timm_ltm.reduction import Observer, Reducer
 from timm_ltm.reduction.tokens import no_autocast
 
 __all__ = ["ClusterRefresh"]
@@ -73,6 +73,7 @@ class ClusterRefresh:
         self.model, self.ema = models[0], ema
         self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
         self.reducers: dict[str, Reducer] = {}
+        self.observers: dict[str, Observer] = {}
         self.running: dict[str, RunningClusters] = {}
         self.log_q: dict[str, Tensor] = {}  # (A, K) of each block's last commit, for the IB loss
         self.steps = 0  # training batches in this epoch

@@ -213,11 +213,12 @@ class ReducedModel(Saved):
                 f"{'windows of a map' if self.windows else 'a map a map'}. Use another method or model."
             )
         told = self.reduction.told
-        if "proportional_attention" in told and not self.weighs_sizes:
-            raise ValueError(
-                f"proportional_attention: got {told['proportional_attention']!r} for {name}, whose attention cannot be "
-                "in proportion to sizes, expected none. Leave it out."
-            )
+        for setting in cls.Config.of_weighing if not self.weighs_sizes else ():
+            if setting in told:
+                raise ValueError(
+                    f"{setting}: got {told[setting]!r} for {name}, whose attention cannot be in proportion to sizes, "
+                    "expected none. Leave it out."
+                )
 
     def reducers(self) -> Iterator[tuple[str, Reducer]]:
         """The blocks' reducers by name, in the order they run."""
@@ -277,8 +278,9 @@ class ReducedModel(Saved):
 
     def needs_refresh(self) -> bool:
         """Whether training it needs somebody who counts its epochs or collects its features."""
-        warming = self._forced is None and self.warmup_left > 0
-        return warming or any(reducer.collects for _, reducer in self.reducers())
+        reducers = [reducer for _, reducer in self.reducers()]  # none: it never merges, and waits for nothing
+        warming = self._forced is None and self.warmup_left > 0 and bool(reducers)
+        return warming or any(reducer.collects for reducer in reducers)
 
     def set_collecting(self, enable: bool) -> None:
         """Whether training batches are shown to reducers in warm-up too. The refresh calls this."""

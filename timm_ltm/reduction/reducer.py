@@ -186,7 +186,7 @@ class Reducer(nn.Module):
         return x.reshape(-1, self.site.parts, fixed(x.shape[1]), fixed(x.shape[2])).mean(dim=1)
 
     def observe(self, z: Tensor, tokens: Tokens, seen: Seen) -> Tensor | None:
-        """In warm-up: look at tokens (B parts, N, D) that are not merged. What is returned is carried on."""
+        """In warm-up: look at tokens (B parts, N, D) that are not merged. What is returned is carried on. No keys."""
 
     def forward(
         self, z: Tensor, tokens: Tokens, seen: Seen, num_prefix: int = 0, observe: bool = False
@@ -268,7 +268,8 @@ def find_method(name: str, settings: dict[str, Any]) -> tuple[type[Reducer], Con
             expected = f"one of {choices}" if cls.presets else f"no preset: {name} has none"
             raise setting_error("preset", preset, expected, "Leave it out for the default.")
         cls = cls.presets.get(preset, cls)
-    return cls, cls.Config.from_settings(settings, name)
+    form = f"{name} with preset={preset!r}" if "preset" in settings else name
+    return cls, cls.Config.from_settings(settings, form)
 
 
 def form_of(name: str, config: Config) -> type[Reducer]:

@@ -94,6 +94,7 @@ class Config:
     gmacs: float | None = None
     merge_warmup_epochs: int = 0
     scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio", "gmacs")  # what says how much each block merges
+    of_weighing: ClassVar[tuple[str, ...]] = ()  # without effect where attention cannot be in proportion to sizes
 
     def __post_init__(self) -> None:
         ratio = self.compression_ratio
@@ -112,8 +113,8 @@ class Config:
         object.__setattr__(self, name, value)  # frozen, but for the checks of its own constructor
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], method: str) -> Config:
-        """Of the given settings.
+    def from_settings(cls, settings: dict[str, Any], form: str) -> Config:
+        """Of the given settings, of a method or form of one that errors call ``form``.
 
         Raises:
             ValueError: One is unknown; the nearest right one is named.
@@ -122,7 +123,6 @@ class Config:
         for name in settings:
             if name not in names:
                 known = f"one of {', '.join(names)}" if names else "no setting"
-                form = f"{method} with preset={settings['preset']!r}" if settings.get("preset") else method
                 raise ValueError(
                     f"{name}: {form} has no such setting, expected {known}. {nearest(name, names)}".rstrip()
                 )

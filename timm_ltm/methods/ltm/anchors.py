@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ class LTMConfig(TrainedConfig):
     beta: float = 1000.0
     proportional_attention: bool = True
     update: bool = True
+    of_weighing: ClassVar[tuple[str, ...]] = ("proportional_attention",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
