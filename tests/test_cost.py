@@ -79,6 +79,13 @@ def test_budgets_of_maps():
     assert 0.7 < gmacs(merging) / gmacs(model) <= 0.8  # a map loses whole rows and columns
 
 
+def test_a_budget_is_of_the_size_that_merging_is_planned_for():
+    model = timm.create_model("ltm_efficientvit_b0", img_size=320, gmacs=0.8, device="meta").eval()
+    assert input_size_of(model) == (3, 320, 320)
+    share = gmacs(model) / gmacs(timm.create_model("efficientvit_b0", device="meta").eval(), (3, 320, 320))
+    assert 0.7 < share <= 0.8
+
+
 @pytest.mark.parametrize("wrong", ["0.5", 0, 1.5, True, float("nan")])
 def test_budgets_of_the_wrong_kind(wrong):
     with pytest.raises(ValueError, match=r"gmacs: got .*, expected a number"):

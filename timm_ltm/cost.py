@@ -24,7 +24,7 @@ _MORE = {torch.ops.aten.baddbmm_: _baddbmm}  # torch counts it out of place only
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images a timm model is made for: those it was built or resized to, not its weights'."""
     channels, *size = resolve_model_data_config(model)["input_size"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "planned_size", size)
     return getattr(model, "in_chans", channels), *size
 
 
