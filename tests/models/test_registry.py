@@ -123,11 +123,8 @@ def test_unknown_settings(make, settings, message):
     if make == "convert":
         with pytest.raises(ValueError, match=message):
             timm_ltm.convert(timm.create_model("test_vit"), method, **settings)
-    elif "preset" not in settings:  # of a method that has none, timm is asked
-        with pytest.raises(ValueError, match=message):
-            timm.create_model(f"{method}_test_vit", **settings)
     else:
-        with pytest.raises(TypeError, match="preset"):
+        with pytest.raises(ValueError, match=message):
             timm.create_model(f"{method}_test_vit", **settings)
 
 

@@ -53,12 +53,12 @@ class ReducedBlock(nn.Module):
         if self.behind and self.weighs and not observe:
             bias = tokens.log_sizes(prefix, self.parts).to(x.dtype)
         z, keys = self.attend(x, tokens, bias, self.reads("keys") and not observe, **kwargs)
+        seen = Seen(keys, self.as_tokens(x)[:, prefix:] if self.reads("inputs") else None)
         if reducer is not None and reducer.where == "between":
-            inputs = self.as_tokens(x)[:, prefix:] if self.reads("inputs") else None
-            z, tokens = reducer(z, tokens, Seen(keys, inputs), prefix, observe)
+            z, tokens = reducer(z, tokens, seen, prefix, observe)
         z = self.rest(z, tokens)
         if reducer is not None and reducer.where == "behind":
-            z, tokens = reducer(z, tokens, Seen(keys), prefix, observe)
+            z, tokens = reducer(z, tokens, seen, prefix, observe)
         return z, tokens
 
     def reads(self, what: str) -> bool:

@@ -119,7 +119,10 @@ class MapModel(ReducedModel):
         return self.head.global_pool.pool_type
 
     def forward_merged(self, x: Tensor) -> tuple[Tensor, Placement | None]:
-        """Merged maps as they are: features as timm's model lays them out, H' x W', and where they lie."""
+        """Merged maps as they are: features as timm's model lays them out, H' x W', and where they lie.
+
+        Merges whether merging is on or not.
+        """
         x, placement = self.forward_stages(x)
         return self.finish(x), placement
 

@@ -124,14 +124,18 @@ def _split(method: str, family: type[ReducedModel], kwargs: dict[str, Any]) -> t
     """A method's settings and timm's arguments, apart.
 
     Raises:
-        ValueError: One is neither, and reads like a setting.
+        ValueError: One is neither, and reads like a setting, or is one of another method.
     """
     names = setting_names(METHODS[method])
+    others = {name for cls in METHODS.values() for name in setting_names(cls)}
     timms = {name: value for name, value in kwargs.items() if name not in names}
     known = known_arguments(family)
     for name in timms:
-        if name not in known and nearest(name, names):
-            raise ValueError(f"{name}: neither {method} nor timm has such a setting. {nearest(name, names)}")
+        if name not in known and (nearest(name, names) or name in others):
+            raise ValueError(
+                f"{name}: neither {method} nor timm has such a setting, expected timm's or one of {', '.join(names)}. "
+                f"{nearest(name, names) or 'It is of another method.'}"
+            )
     return {name: value for name, value in kwargs.items() if name in names}, timms
 
 

@@ -143,7 +143,8 @@ class SequenceModel(ReducedModel):
         """Merged tokens as they are, for what wants few: features (B, prefix + P, D), normalised as timm's, and tokens.
 
         ``tokens.size`` (B, P) says how many patches each of the P stands for, ``tokens.anchor`` (B, P) at which patch
-        of the grid ``tokens.start`` (H, W) it lies, ``tokens.unmerge(x, num_prefix)`` puts them back.
+        of the grid ``tokens.start`` (H, W) it lies, ``tokens.unmerge(x, num_prefix)`` puts them back. Merges whether
+        merging is on or not.
         """
         x, tokens = self.forward_blocks(x)
         return self.norm(x), tokens
