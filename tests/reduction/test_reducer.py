@@ -27,14 +27,16 @@ def every_second(size, num_slots):
 
 @pytest.fixture
 def toys():
-    """Two toy methods: one of sequences, that merges behind the block and reads nothing; one of lines."""
+    """Two toy methods: one of sequences, that merges behind the block and reads its input; one of lines."""
 
     @register_method("toy_sequence")
     class OfSequences(Reducer):
         where = "behind"
+        needs = frozenset({"inputs"})
 
         def mask(self, z, tokens, seen):
-            assert seen == Seen(None, None)
+            assert seen.keys is None
+            assert seen.inputs.shape == z.shape
             return every_second(tokens.size, self.num_slots(z.shape[1]))
 
     @register_method("toy_lines")

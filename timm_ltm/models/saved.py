@@ -90,8 +90,9 @@ class Saved(nn.Module):
         here, there = ({name.split(".reducer.")[0] for name in names} for names in (own, theirs))
         here, there = ({name for name in names if name in dict(self.named_modules())} for names in (here, there))
         if here and there and here != there:
+            told = next((name for name in self.config.scheduled if name in self.reduction.told), "compression_ratio")
             raise ValueError(
-                f"compression_ratio: got one that merges in {sorted(here)}, expected {sorted(there)}, the blocks whose "
+                f"{told}: got one that merges in {sorted(here)}, expected {sorted(there)}, the blocks whose "
                 "learned masks the checkpoint has. Leave it out to take over the checkpoint's."
             )
 
