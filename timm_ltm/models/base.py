@@ -153,10 +153,10 @@ class ReducedModel(Saved):
         self.method, self.config = cls.method, config
         self.block_amounts = self.amounts_of(config)
         if self._put_reducers(cls, config):
+            ratio = self.config.compression_ratio or "the default"
             warnings.warn(
-                f"compression_ratio: {self.config.compression_ratio or 'the default'} merges nothing at this input size, "
-                "where the number of tokens (of a map, of each side) is rounded up to what it was. Use less to merge in a "
-                "block.",
+                f"compression_ratio: {ratio} merges nothing at this input size, where the number of tokens (of a map, of "
+                "each side) is rounded up to what it was. Use less to merge in a block.",
                 stacklevel=4,
             )
         self.reduction.write({"method": self.method, **self._settings()})
