@@ -155,8 +155,8 @@ class ReducedModel(Saved):
         if self._put_reducers(cls, config):
             ratio = self.config.compression_ratio or "the default"
             warnings.warn(
-                f"compression_ratio: {ratio} merges nothing at this input size, where the number of tokens (of a map, of "
-                "each side) is rounded up to what it was. Use less to merge in a block.",
+                f"compression_ratio: {ratio} merges nothing at this input size, where the number of tokens (of a map, "
+                "of each side) is rounded up to what it was. Use less to merge in a block.",
                 stacklevel=4,
             )
         self.reduction.write({"method": self.method, **self._settings()})
