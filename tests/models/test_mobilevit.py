@@ -39,9 +39,16 @@ class TestMobileViT(ModelContract):
     pools: ClassVar = ("avg", "avgmax", "max")
     formats: ClassVar = ("NCHW",)
     dropout: ClassVar = {"drop_rate": 0.1, "drop_path_rate": 0.2}
+    any_size: ClassVar = {}
 
     def resized_images(self):
         return self.images(2, size=(75, 110))  # neither patches nor strides divide it
+
+    def test_export_any_size(self, method):
+        """Refused: how many tokens are left has no simple form in symbols."""
+        height, width = torch.export.Dim("height", max=512), torch.export.Dim("width", max=512)
+        with pytest.raises(Exception, match=r"marked height as dynamic but your code specialized it to be a constant"):
+            torch.export.export(self.build(method), (self.images(2),), dynamic_shapes=({2: height, 3: width},))
 
     @pytest.mark.parametrize("exclude", [False, True])
     def test_final_conv(self, exclude, x):
