@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +22,8 @@ _MORE = {torch.ops.aten.baddbmm_: _baddbmm}  # torch counts it out of place only
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images a timm model is made for: those it was built or resized to, not its weights'."""
-    channels, *size = resolve_model_data_config(model)["input_size"]
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, *size = cfg.get("input_size") or (3, 224, 224)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "planned_size", size)
     return getattr(model, "in_chans", channels), *size
 

@@ -18,7 +18,6 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from timm_ltm.methods.ltm import RunningClusters
 from timm_ltm.models import base
 from timm_ltm.models.base import ReducedModel, owner_of
 from timm_ltm.models.saved import Reduction
@@ -74,7 +73,7 @@ class ClusterRefresh:
         self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
         self.reducers: dict[str, Reducer] = {}
         self.observers: dict[str, Observer] = {}
-        self.running: dict[str, RunningClusters] = {}
+        self.running: dict[str, Any] = {}  # running sums, as each reducer makes them
         self.log_q: dict[str, Tensor] = {}  # (A, K) of each block's last commit, for the IB loss
         self.steps = 0  # training batches in this epoch
         self._waits = 0  # epochs of warm-up left, as last told
@@ -138,13 +137,7 @@ class ClusterRefresh:
         self.running = {}
         for index, name in enumerate(self.observers if self.collects else ()):
             reducer = self.reducers[name]
-            self.running[name] = RunningClusters(
-                reducer.clusters,
-                self._classes(),
-                **reducer.collected(),
-                reservoir=self._reservoir,
-                seed=self._seed + index,
-            )
+            self.running[name] = reducer.running_sums(self._classes(), self._reservoir, self._seed + index)
             self.running[name].clear(self.model.epoch)
 
     def labels(self, targets: Tensor) -> None:
@@ -184,7 +177,7 @@ class ClusterRefresh:
                         "timm.layers.set_reentrant_ckpt at False, or ib_loss_weight at 0."
                     )
                 with no_autocast(one_hot):
-                    total = total + reducer.clusters.label_term(observer.features, one_hot, log_q)
+                    total = total + reducer.label_loss(observer.features, one_hot, log_q)
         return weight * total
 
     @torch.no_grad()

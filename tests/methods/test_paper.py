@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import timm_ltm
-from timm_ltm.methods.ltm import RunningClusters
 from timm_ltm.methods.ltm.information import class_conditional
 from timm_ltm.methods.ltm.update import assign, cluster_scores
 from timm_ltm.reduction import Observer, Seen, Site, find_method, initial_tokens
@@ -178,7 +177,7 @@ def test_an_epoch_commits_equation_8_exactly():
     """T stays 1, log Q is kept, and R is not scaled."""
     reducer = build(12, 9, False)
     reducer.clusters.reset_parameters()
-    running = RunningClusters(reducer.clusters, K, **reducer.collected())
+    running = reducer.running_sums(K, reservoir=2048, seed=0)
     x, labels = torch.randn(50, 9 * D).double(), F.one_hot(torch.randint(K, (50,)), K).double()
     for number in range(2):
         running.clear(number)

@@ -241,6 +241,10 @@ class ModelContract(ExportContract):
                 assert_close(m.sum(dim=1), torch.ones(3, m.shape[2]))
         assert not torch.allclose(masks.masks[0][0], masks.masks[0][1]), "masks depend on the image"
         assert not model.merging
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        assert_close(model.train().forward_masks(x).masks, masks.masks)
+        assert all(module.training for module in model.modules())
+        assert_close(dict(model.named_buffers()), before)
 
     def test_an_image_does_not_see_its_batch(self, method):
         model, x = self.build(method), self.images(5)

@@ -72,7 +72,7 @@ def test_what_was_told_is_kept_and_said_once():
     model = make(compression_ratio=other)
     with pytest.warns(UserWarning, match=r"compression_ratio \[1.0, 0.625, .* here, \[1.0, 0.5, .* there"):
         model.load_state_dict(state)
-    make(compression_ratio=other).load_state_dict(state)
+    model.load_state_dict(state)  # not again
     assert model.block_amounts == tuple(other)
     assert model.config.beta == 500.0
     model = make(proportional_attention=False)
@@ -83,6 +83,14 @@ def test_what_was_told_is_kept_and_said_once():
         make(update=False).load_state_dict(state, strict=True)
     with pytest.warns(UserWarning, match=r"compression_ratio \[1.0, 1.0, .* here"):
         make(compression_ratio=1.0).load_state_dict(state, strict=True)
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was():
+    state, model = make(compression_ratio=RATIOS, num_clusters=8).state_dict(), make(num_clusters=16)
+    before = model.block_amounts
+    with pytest.raises(ValueError, match="num_clusters"), pytest.warns(UserWarning, match="num_clusters 16 here"):
+        model.load_state_dict(state)
+    assert model.block_amounts == before != tuple(RATIOS)
 
 
 def test_one_of_two_schedules_was_told():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from timm_ltm.methods.ltm.anchors import Clustered, TrainedConfig
 from timm_ltm.methods.ltm.clusters import Clusters
+from timm_ltm.methods.ltm.running import RunningClusters
 from timm_ltm.methods.ltm.update import mask_update
 from timm_ltm.reduction.masks import DenseMask
 from timm_ltm.reduction.reducer import Reducer, Seen, Site, recomputing, register_method
@@ -215,8 +216,15 @@ class PaperLTM(Clustered, Reducer):
                 "no patch dropout. Create the model with this img_size, or leave preset out."
             )
 
-    def collected(self) -> dict[str, Any]:
-        return {"temperature": TEMPERATURE, "normalize": False}  # Eq. 3: the exact step
+    def running_sums(self, num_classes: int, reservoir: int, seed: int) -> RunningClusters:
+        return RunningClusters(
+            self.clusters,
+            num_classes,
+            temperature=TEMPERATURE,
+            normalize=False,  # Eq. 3: the exact step
+            reservoir=reservoir,
+            seed=seed,
+        )
 
     def reset_classes(self, num_classes: int) -> None:
         """As many clusters as classes: the old ones are forgotten. Masks stay as they are until they are trained."""

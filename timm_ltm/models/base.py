@@ -203,7 +203,7 @@ class ReducedModel(Saved):
         if config.gmacs is None:
             return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
         if config not in self._budgets:
-            self._budgets[config] = amounts_within(self, form_of(self.method, config), config)
+            self._budgets[config] = amounts_within(self, form_of(self.method, config), config, config.gmacs)
         return self._budgets[config]
 
     def _check_method(self, cls: type[Reducer]) -> None:
@@ -332,7 +332,8 @@ class ReducedModel(Saved):
     def forward_masks(self, x: Tensor) -> MergeMasks:
         """The masks of images (B, C, H, W): of each block that merges, and accumulated back to the input's tokens.
 
-        Merges whether merging is on or not: a model in warm-up shows what it would do. What a refresh waits for stays.
+        Of the model in eval, and merging whether it does so now or not: one in warm-up shows what it would do. What a
+        refresh waits for stays.
         """
         found = MergeMasks([], [], [], [])
 
@@ -345,15 +346,19 @@ class ReducedModel(Saved):
             found.grids.append(tokens.start)
 
         forced, reducers = self._forced, [reducer for _, reducer in self.reducers()]
-        observers = [reducer.observer for reducer in reducers]
+        observers, modules = [reducer.observer for reducer in reducers], [m for m in self.modules() if m.training]
         hooks = [reducer.register_forward_hook(keep) for reducer in reducers]
         try:
             for reducer in reducers:
                 reducer.observer = None
+            for module in modules:  # not by eval(), which ends an epoch
+                module.training = False
             self.set_merging(True)
             self.forward_features(x)
         finally:
             self.set_merging(forced)
+            for module in modules:
+                module.training = True
             for reducer, observer, hook in zip(reducers, observers, hooks, strict=True):
                 reducer.observer = observer
                 hook.remove()

@@ -17,8 +17,8 @@ _ENOUGH = 0.002  # of the plain model's GMACs: a nearer share is not looked for
 _STEPS = 12
 
 
-def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config) -> tuple[float, ...]:
-    """The amounts that cost the largest share of the plain model's GMACs not above ``config.gmacs``.
+def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, budget: float) -> tuple[float, ...]:
+    """The amounts that cost the largest share of the plain model's GMACs not above the budget.
 
     Those of the family's schedule for this share, all to one power, which is found by counting a copy of the model on
     torch's "meta" device: what the method computes and putting back are in it. No image is needed, and no memory.
@@ -27,6 +27,7 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config) ->
         model: Before its reducers are planted.
         cls: The method.
         config: Its settings.
+        budget: A share of the plain model's GMACs.
 
     Returns:
         One for each transformer block, 1.0 for nothing.
@@ -38,7 +39,7 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config) ->
     size = input_size_of(model)
     shape.set_merging(False)
     whole = gmacs(shape, size)
-    pattern = config.default_ratios(model.planned[0], model.maps) or model.schedule_for(config.gmacs)
+    pattern = config.default_ratios(model.planned[0], model.maps) or model.schedule_for(budget)
 
     def amounts(power: float) -> tuple[float, ...]:
         return tuple(max(ratio**power, 1e-3) for ratio in pattern)
@@ -49,22 +50,22 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config) ->
 
     low, of_low, high = 0.0, 1.0, 1.0  # powers, and the first's share: above the budget and not above it
     of_high = share(high)
-    while of_high > config.gmacs:
+    while of_high > budget:
         low, of_low, high = high, of_high, 2.0 * high
         of_high = share(high)
-        if high > 64 and of_high > config.gmacs:
+        if high > 64 and of_high > budget:
             raise ValueError(
-                f"gmacs: got {config.gmacs}, expected at least {of_high:.3f} of this model's, where its blocks are "
+                f"gmacs: got {budget}, expected at least {of_high:.3f} of this model's, where its blocks are "
                 "left with a token each. Use a larger share, or compression_ratio to merge in other blocks."
             )
     for step in range(_STEPS):
-        if config.gmacs - of_high <= _ENOUGH:
+        if budget - of_high <= _ENOUGH:
             break
         # a straight line between the two tells where to look, every third time the middle
-        at = (of_low - config.gmacs) / (of_low - of_high) if step % 3 != 2 and of_low > of_high else 0.5
+        at = (of_low - budget) / (of_low - of_high) if step % 3 != 2 and of_low > of_high else 0.5
         middle = low + min(max(at, 0.1), 0.9) * (high - low)
         found = share(middle)
-        if found <= config.gmacs:
+        if found <= budget:
             high, of_high = middle, found
         else:
             low, of_low = middle, found

@@ -19,8 +19,9 @@ from timm.models.efficientvit_mit import (
 )
 from torch import Tensor, nn
 
+from timm_ltm.cost import input_size_of
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, input_size, map_tokens, to_map
+from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, map_tokens, to_map
 from timm_ltm.reduction import Placement, Tokens
 from timm_ltm.reduction.tokens import fixed, no_autocast, unflatten
 
@@ -148,7 +149,7 @@ class _Model(MapModel):
                 block.__class__ = ReducedEfficientViTBlock
 
     def plan(self, put: Callable[..., Any]) -> None:
-        grid = tuple(math.ceil(n / self.stem.stride) for n in input_size(self, 224))
+        grid = tuple(math.ceil(n / self.stem.stride) for n in input_size_of(self)[1:])
         for stage, info in zip(self.stages, self.feature_info, strict=False):
             grid, first = tuple(math.ceil(n / 2) for n in grid), True
             for block in stage.blocks:

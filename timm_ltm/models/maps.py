@@ -229,10 +229,3 @@ def halves(layer: nn.Module) -> bool:
 def after_layer(layer: nn.Module, placement: Placement | None) -> Placement | None:
     """Where a map lies behind a layer of convolutions."""
     return placement.halved() if placement is not None and halves(layer) else placement
-
-
-def input_size(model: nn.Module, default: int) -> tuple[int, int]:
-    """(H, W) of the images that merging is planned for: what the model was told, or timm's pretrained_cfg says."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    height, width = getattr(model, "planned_size", cfg.get("input_size", (3, default, default))[-2:])
-    return height, width

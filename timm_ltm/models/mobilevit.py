@@ -14,9 +14,10 @@ from timm.models.mobilevit import MobileVitBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from timm_ltm.cost import input_size_of
 from timm_ltm.models.attention import has_keys
 from timm_ltm.models.block import run_block
-from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, halves, input_size, map_tokens
+from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, halves, map_tokens
 from timm_ltm.models.vit import ReducedViTBlock
 from timm_ltm.reduction import Placement
 from timm_ltm.reduction.tokens import fixed
@@ -152,7 +153,7 @@ class ReducedMobileViT(MapModel, ByobNet):
 
     def plan(self, put: Callable[..., Any]) -> None:
         stem = self.feature_info[0]["reduction"] // (2 if halves(self.stages[0]) else 1)
-        grid = tuple(math.ceil(n / stem) for n in input_size(self, 256))
+        grid = tuple(math.ceil(n / stem) for n in input_size_of(self)[1:])
         for stage in self.stages:
             for block in stage:
                 if not isinstance(block, MobileVitBlock):

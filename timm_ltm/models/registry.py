@@ -100,6 +100,10 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
     Raises:
         ValueError: The model or a setting does not fit; the reason is told.
     """
+    if isinstance(model, ReducedModel):
+        raise setting_error(
+            "model", type(model).__name__, "a plain timm model", "It merges already; convert the plain one."
+        )
     if type(model) not in FAMILIES:
         names = ", ".join(cls.__name__ for cls in FAMILIES)
         wrapped = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ltm.reduction import Config, find_method
+from timm_ltm.reduction import Config, find_method, form_of
 
 __all__ = ["Reduction", "Saved", "is_own"]
 
@@ -18,6 +18,7 @@ class Reduction(nn.Module):
 
     Attributes:
         told: The settings that the user gave, as given.
+        said: What was warned about.
         epoch: Epochs of training behind.
         settings: UTF-8 of JSON, (L,) of uint8: a buffer that EMA, safetensors and process groups hand on unchanged.
     """
@@ -25,6 +26,7 @@ class Reduction(nn.Module):
     def __init__(self, told: dict[str, Any], device: Any = None) -> None:
         super().__init__()
         self.told = told
+        self.said: set[str] = set()
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long, device=device))
         self.register_buffer("settings", torch.zeros(0, dtype=torch.uint8, device=device))
 
@@ -63,6 +65,15 @@ class Saved(nn.Module):
 
     def _take_over(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Before loading: settings from the checkpoint, and what it lacks of ours as we have it."""
+        before = form_of(self.method, self.config), self.config
+        try:
+            self._fill_in(state_dict, prefix)
+        except ValueError:
+            if self.config is not before[1]:  # as if nothing had been loaded
+                self._plant(*before)
+            raise
+
+    def _fill_in(self, state_dict: dict[str, Any], prefix: str) -> None:
         saved = state_dict.get(f"{prefix}reduction.settings")
         if saved is not None and saved.is_meta:
             saved = None
@@ -85,6 +96,11 @@ class Saved(nn.Module):
         for name in theirs - own.keys():  # of a method or form that learns more
             del state_dict[name]
 
+    def _say_once(self, message: str) -> None:
+        if message not in self.reduction.said:
+            self.reduction.said.add(message)
+            warnings.warn(message, stacklevel=2)
+
     def _check_blocks(self, own: set[str], theirs: set[str]) -> None:
         """ValueError if the learned masks of a checkpoint are of other blocks than this model's, which has some."""
         here, there = ({name.split(".reducer.")[0] for name in names} for names in (own, theirs))
@@ -100,7 +116,7 @@ class Saved(nn.Module):
         """Take over a checkpoint's settings but for those told. Those told otherwise, which is said once."""
         method, told = saved.pop("method"), dict(self.reduction.told)
         if method != self.method:
-            _say_once(
+            self._say_once(
                 f"The checkpoint was saved with method {method!r}, this model merges by {self.method!r}: what the two "
                 "share is loaded."
             )
@@ -118,7 +134,7 @@ class Saved(nn.Module):
         differing = {name: saved[name] for name in sorted(fixed & saved.keys()) if settings.get(name) != saved[name]}
         if differing:
             here = ", ".join(f"{name} {settings.get(name)} here, {value} there" for name, value in differing.items())
-            _say_once(f"The checkpoint was saved with other settings than this model was told to have: {here}.")
+            self._say_once(f"The checkpoint was saved with other settings than this model was told to have: {here}.")
         if settings != self._settings():
             self._plant(cls, config)
         return differing
@@ -127,12 +143,3 @@ class Saved(nn.Module):
 def is_own(name: str) -> bool:
     """Whether a name in a state dict is not timm's."""
     return ".reducer." in name or name.startswith("reduction.")
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, stacklevel=2)

@@ -16,8 +16,10 @@ from timm_ltm.reduction import Reducer, Tokens
 
 __all__ = ["SequenceModel", "every_second_block"]
 
-# timm's function is a leaf of FX graphs where timm's own forward pass is traced, but not where ours calls it
+# timm's function is a leaf of FX graphs where timm's own forward pass is traced, but not where ours calls it. What is
+# written is FX's table of leaves, which goes by the module that calls wrap; timm's modules are not
 for _module in (vision_transformer, eva):
+    assert hasattr(_module, "resample_abs_pos_embed"), "timm's positions are resized by another function"
     exec("torch.fx.wrap('resample_abs_pos_embed')", vars(_module))
 
 

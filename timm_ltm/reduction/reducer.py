@@ -221,6 +221,20 @@ class Reducer(nn.Module):
     def reset_classes(self, num_classes: int) -> None:
         """A new head: what is tied to the old classes is forgotten."""
 
+    def running_sums(self, num_classes: int, reservoir: int, seed: int) -> Any:
+        """What adds up the features of an epoch, of a method that :attr:`collects`: with clear, add and commit.
+
+        Args:
+            num_classes: K of the targets.
+            reservoir: Features that it may keep.
+            seed: Of which ones.
+        """
+        raise NotImplementedError
+
+    def label_loss(self, features: Tensor, labels: Tensor, log_q: Tensor) -> Tensor:
+        """What features (B, F) of a batch add to the training loss, given labels (B, K) and log Q (A, K)."""
+        raise NotImplementedError
+
     def check_classes(self, num_classes: int, name: str) -> None:
         """Before collecting with targets of K classes: ValueError if this reducer, of that name, is made for others."""
 

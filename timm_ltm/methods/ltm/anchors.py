@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ltm.methods.ltm.clusters import Clusters
+from timm_ltm.methods.ltm.running import RunningClusters
 from timm_ltm.methods.ltm.update import mask_update, pool_slots
 from timm_ltm.reduction.lines import CELLS_PER_SIDE, Line, LineReducer
 from timm_ltm.reduction.masks import HardMask, SoftMask, hard_mask, soft_mask
@@ -91,9 +92,11 @@ class Clustered:
         if self.training and self.observer is not None and not recomputing():
             self.observer.features = features if self.config.ib_loss_weight else features.detach()
 
-    def collected(self) -> dict[str, Any]:
-        """How what is collected becomes clusters: arguments of :class:`RunningClusters`."""
-        return {}
+    def running_sums(self, num_classes: int, reservoir: int, seed: int) -> RunningClusters:
+        return RunningClusters(self.clusters, num_classes, reservoir=reservoir, seed=seed)
+
+    def label_loss(self, features: Tensor, labels: Tensor, log_q: Tensor) -> Tensor:
+        return self.clusters.label_term(features, labels, log_q)
 
 
 @register_method("ltm")
