@@ -88,7 +88,7 @@ class SequenceModel(ReducedModel):
         These were the best of those tried on a real ViT-S/14.
         """
         depth = sum(self.planned[0])
-        first = round(depth * 0.9 * (share - 0.42))
+        first = round(depth * (share - 0.39) * 5 / 6)
         return every_second_block(depth, 0.5, min(max(first, 0), depth - 1))
 
     def adopt(self) -> None:

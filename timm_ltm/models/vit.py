@@ -49,7 +49,7 @@ class ReducedViT(SequenceModel, VisionTransformer):
 
     def default_ratios(self) -> tuple[float, ...]:
         # ViT-B at the larger budget of the paper's Table 2, 12.85 GFLOPs
-        return every_second_block(len(self.blocks), 0.38) if self.embed_dim == 768 else super().default_ratios()
+        return every_second_block(len(self.blocks), 0.375) if self.embed_dim == 768 else super().default_ratios()
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tokens, list[Any]]:
         grid = self.grid_of(x)
