@@ -3,6 +3,7 @@
 One letter per axis: B batch, s scales, h heads, N tokens, K width of a head, D width, H W grid.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -158,6 +159,14 @@ class _Model(MapModel):
 
     def stage_modules(self) -> nn.Sequential:
         return self.stages
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+        if "in_features" in inspect.signature(self.head.reset).parameters:
+            return super().prune_intermediate_layers(indices, *args, **kwargs)
+        # before 1.0.31 timm asks its head to stop pooling, which it refuses
+        taken = super().prune_intermediate_layers(indices, prune_head=False)
+        self.reset_classifier(0)
+        return taken
 
     def pool_type(self) -> str:
         """As of the head; but its convolution in front of the pooling is not linear, and wants maps put back."""

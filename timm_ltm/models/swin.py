@@ -250,3 +250,10 @@ class ReducedSwin(MapModel, SwinTransformer):
 
     def norm_is_last(self) -> bool:
         return True
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        stages = len(self.layers)
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        if len(self.layers) < stages:
+            self.norm = nn.Identity()  # made for the last stage; timm leaves it before 1.0.31
+        return taken
