@@ -160,6 +160,8 @@ def main() -> None:
         values = [statistics.mean(column) for column in columns]
         print(f"{name:<8}{values[0]:>12.3f}{values[1]:>10.5f}{values[2]:>10.2f}{accuracy:>16}{values[4]:>17.3f}")
     plain_row, ltm_row = rows[-2], rows[-1]
+    if args.epochs <= args.merge_warmup_epochs:
+        print(f"Merging never started: all {args.epochs} epochs were plain. Use a smaller --merge-warmup-epochs.")
     print(f"GMACs ratio {ltm_row[2] / plain_row[2]:.3f}, latency ratio {ltm_row[3] / plain_row[3]:.3f} (last seed)")
 
     mask_figure(x_test[:8], ltm.forward_masks(x_test[:8]), args.output / "masks.png")

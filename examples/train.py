@@ -47,8 +47,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", help="a checkpoint of this script")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="output/train")
-    return parser.parse_args()
+    parser.add_argument("--output", help="output/train/MODEL if not given")
+    args = parser.parse_args()
+    args.output = args.output or f"output/train/{args.model}"
+    return args
 
 
 @torch.no_grad()

@@ -126,6 +126,6 @@ def test_default_schedules():
 
 def test_without_attention_it_is_refused():
     model = timm.create_model("efficientvit_b0")
-    model.prune_intermediate_layers([0, 1])
+    model.prune_intermediate_layers([0, 1], prune_head=False)  # older versions of timm fail at the head
     with pytest.raises(ValueError, match="without an EfficientVitBlock"):
         timm_ltm.convert(model, "ltm")

@@ -136,7 +136,7 @@ class ReducedModel(Saved):
         self.planned = self.depths(), self.default_ratios()
         self.reduction = Reduction(dict(settings), device)
         self._forced: bool | None = None
-        self._warned = False
+        self._untended = 0  # forward passes of training that nobody refreshed
         self._merging = False
         self._epoch, self._budgets = 0, {}
         self.block_amounts = (1.0,) * sum(self.planned[0])
@@ -302,10 +302,12 @@ class ReducedModel(Saved):
 
     def _check_tended(self) -> None:
         """In a forward pass of training: say once that nobody counts epochs and collects."""
-        if not self.training or torch.compiler.is_compiling() or self._warned or not torch.is_grad_enabled():
+        if not self.training or torch.compiler.is_compiling() or self._untended > 1 or not torch.is_grad_enabled():
             return
-        if owner_of(self) is None and self._forced is not False and self.needs_refresh():
-            self._warned = True
+        if owner_of(self) is not None or self._forced is False or not self.needs_refresh():
+            return
+        self._untended += 1
+        if self._untended > 1:  # one alone is a look at a model that was just made, not training
             warnings.warn(
                 f"{type(self).__name__} trains without a refresh: "
                 + (

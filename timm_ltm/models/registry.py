@@ -89,6 +89,8 @@ def refusal(name: str) -> str | None:
 def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedModel:
     """A timm model in hand as one that merges tokens, sharing its parameters. The given model stays as it is.
 
+    Training one trains both; buffers, as the statistics of batch norms, and hooks are copies.
+
     Args:
         model: Of timm's ViT, DeiT, EVA, Swin, MobileViT or EfficientViT, whatever it was trained on.
         method: The method's name, see ``timm_ltm.METHODS``.
@@ -100,6 +102,8 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
     Raises:
         ValueError: The model or a setting does not fit; the reason is told.
     """
+    if not isinstance(model, nn.Module):
+        raise setting_error("model", model, "a timm model, not its name", "Make it with timm.create_model before.")
     if isinstance(model, ReducedModel):
         raise setting_error(
             "model", type(model).__name__, "a plain timm model", "It merges already; convert the plain one."
@@ -111,7 +115,11 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
         )
         raise setting_error("model", type(model).__name__, f"one of timm's {names}", f"Use one of these.{wrapped}")
     shared = {id(p): p for p in model.parameters()}
-    return _adopted(copy.deepcopy(model, shared), method, settings)
+    made = _adopted(copy.deepcopy(model, shared), method, settings)
+    name = f"{made.method}_{(getattr(made, 'pretrained_cfg', None) or {}).get('architecture')}"
+    if name in default_cfgs:  # what it is saved as, for timm to build it again
+        made.pretrained_cfg = made.default_cfg = {**made.pretrained_cfg, "architecture": name}
+    return made
 
 
 def _adopted(model: nn.Module, method: str, settings: dict[str, Any]) -> ReducedModel:
