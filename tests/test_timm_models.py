@@ -1,19 +1,17 @@
-"""timm's own tests of models, unmodified, with the plugin loaded. TIMM_SOURCE names a clone of timm's repository.
+"""timm's own tests of models, unmodified, on one variant of every kind of block. TIMM_SOURCE names a clone of timm.
 
-TIMM_SOURCE=path/to/pytorch-image-models python -m pytest -m slow tests/test_timm_models.py
+    TIMM_SOURCE=path/to/pytorch-image-models python -m pytest -m slow tests/test_timm_models.py
+
+Left out are its tests of TorchScript, which torch has deprecated and merging models refuse, and those that download.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import timm
 
 import timm_ltm  # noqa: F401  registers the models
 
@@ -22,60 +20,54 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SOURCE is None, reason="TIMM_SOURCE does not name a clone of timm's repository"),
 ]
-ALL = {
-    "forward", "backward", "forward_torchscript", "forward_features", "forward_fx", "backward_fx",
-    "forward_fx_torchscript",
-}  # fmt: skip
-# timm's file lists what it tests by names and modules it knows. Left out as for the plain models: tests that download
-# weights, and the default cfgs of ViT, which has no map to pool (vit_* is in its NON_STD_FILTERS; run below).
-SELECTION = "ltm_ and not load_pretrained and not features_pretrained and not (default_cfgs and ltm_vit)"
+VARIANTS = (
+    "test_vit",  # class token
+    "test_vit2",  # LayerScale, register tokens, no class token
+    "test_vit3",  # attention pooling
+    "vit_dwee_patch16_reg1_gap_256",  # differential attention
+    "vit_little_patch16_reg4_gap_256",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "eva02_tiny_patch14_224",  # SwiGLU, rotary positions
+    "vit_small_patch16_rope_mixed_224",
+    "vit_small_patch16_dinov3",
+    "swin_tiny_patch4_window7_224",
+    "mobilevit_xxs",
+    "efficientvit_b0",
+    "efficientvit_l1",
+)
+NAMES = [*(f"ltm_{name}" for name in VARIANTS), "tome_test_vit2", "tome_eva02_tiny_patch14_224", "tome_swin_tiny"]
+TESTS = (
+    "forward",
+    "backward",
+    "forward_features",
+    "forward_intermediates",
+    "forward_intermediates_features",
+    "forward_fx",
+    "backward_fx",
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """timm's tests alone: beside them, the clone would be imported in place of the installed timm."""
-    folder = tmp_path_factory.mktemp("timm")
-    shutil.copytree(Path(SOURCE) / "tests", folder / "tests")
-    return folder
+def timms(request):
+    """timm's file. Its lists of models are read on import, what it tests is called by name here."""
+    for marker in ("base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout"):
+        request.config.addinivalue_line("markers", f"{marker}: timm's")
+    spec = importlib.util.spec_from_file_location("timms_test_models", Path(SOURCE) / "tests" / "test_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_of_all_models(folder):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "timm_ltm", "tests/test_models.py", "-k", SELECTION],
-        cwd=folder, capture_output=True, text=True, timeout=1500,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
-    passed = re.findall(r"test_model_(\w+)\[(?:\d-)?(ltm_\w+?)(?:\.\w+)?(?:-\d)?\] PASSED", run.stdout)
-    for name in timm.list_models("ltm_*", name_matches_cfg=True):
-        tests = {test for test, of in passed if of == name}
-        assert tests >= (ALL if name.startswith("ltm_vit") else ALL | {"default_cfgs"}), name
-    assert "SKIPPED" not in run.stdout
+@pytest.mark.filterwarnings("ignore:.*trains without a refresh")
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_of_all_models(timms, name, test):
+    getattr(timms, f"test_model_{test}")(name, 1)
 
 
-CALL = """
-import sys, timm_ltm
-sys.path.insert(0, "tests")
-import test_models
-test = getattr(test_models, "test_model_" + sys.argv[1])
-for name in sys.argv[2:]:
-    test(name, 1)
-"""
-
-
-@pytest.mark.parametrize(
-    ("test", "names"),
-    [
-        ("default_cfgs_non_std", "ltm_vit*"),
-        ("forward_features", "ltm_vit*"),
-        ("forward_intermediates_features", "ltm_*"),
-        ("forward_intermediates", "ltm_*"),
-    ],
-)
-def test_of_listed_modules(folder, test, names):
-    """Tests whose lists have no plugins, or not ours: the same functions, called for our models."""
-    names = timm.list_models(names)
-    assert names
-    run = subprocess.run(
-        [sys.executable, "-c", CALL, test, *names], cwd=folder, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+@pytest.mark.parametrize("name", NAMES)
+def test_default_cfgs(timms, name):
+    """Maps and sequences have a test each."""
+    maps = any(word in name for word in ("swin", "mobilevit", "efficientvit"))
+    getattr(timms, "test_model_default_cfgs" if maps else "test_model_default_cfgs_non_std")(name, 1)
