@@ -3,7 +3,6 @@
 torch.fx reads the annotations of forward passes, hence none of them postponed.
 """
 
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from timm_ltm.models.budget import amounts_within
 from timm_ltm.models.saved import Reduction, Saved
 from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method, form_of
 
-__all__ = ["MergeMasks", "ReducedModel", "known_arguments", "owner_of", "owners", "plain_class"]
+__all__ = ["MergeMasks", "ReducedModel", "owner_of", "owners", "plain_class"]
 
 
 class Owner(Protocol):
@@ -126,6 +125,11 @@ class ReducedModel(Saved):
         """
         raise NotImplementedError
 
+    @classmethod
+    def takes(cls, method: type[Reducer]) -> bool:
+        """Whether a method keeps the shape that this family's blocks need."""
+        return (method.maps or not cls.maps) and (method.windows or not cls.windows)
+
     # Planting
 
     def become(self, method: str, settings: dict[str, Any]) -> "ReducedModel":
@@ -208,7 +212,7 @@ class ReducedModel(Saved):
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__
-        if (self.maps and not cls.maps) or (self.windows and not cls.windows):
+        if not self.takes(cls):
             raise ValueError(
                 f"method: got {cls.method} ({cls.__name__}) for {name}, expected one that keeps "
                 f"{'windows of a map' if self.windows else 'a map a map'}. Use another method or model."
@@ -390,9 +394,3 @@ def _keep_parameters(before: Reducer | None, after: Reducer) -> None:
 def plain_class(cls: type) -> type[nn.Module]:
     """timm's class behind a reduced one."""
     return next(base for base in cls.__mro__ if base.__module__.startswith("timm."))
-
-
-def known_arguments(cls: type) -> set[str]:
-    """The names of the arguments of timm's class behind a reduced one."""
-    classes = [base for base in cls.__mro__ if base.__module__.startswith("timm.")]
-    return {name for base in classes for name in inspect.signature(base.__init__).parameters}

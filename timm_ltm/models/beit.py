@@ -8,7 +8,7 @@ from timm.models.beit import Beit, Block
 from torch import Tensor, nn
 
 from timm_ltm.models.attention import attend
-from timm_ltm.models.block import ReducedBlock
+from timm_ltm.models.block import ScaledBlock
 from timm_ltm.models.sequence import SequenceModel
 from timm_ltm.reduction import Tokens, initial_tokens
 
@@ -17,7 +17,7 @@ __all__ = ["ReducedBeit", "ReducedBeitBlock"]
 torch.fx.wrap("initial_tokens")  # makes tensors from shapes
 
 
-class ReducedBeitBlock(ReducedBlock, Block):
+class ReducedBeitBlock(ScaledBlock, Block):
     """timm's block."""
 
     def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
@@ -27,10 +27,6 @@ class ReducedBeitBlock(ReducedBlock, Block):
         else:
             y = self.attn(h, shared_rel_pos_bias=bias)
         return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), found
-
-    def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
-        y = self.mlp(self.norm2(z))
-        return z + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
 class ReducedBeit(SequenceModel, Beit):

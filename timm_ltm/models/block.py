@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from timm_ltm.reduction import Reducer, Seen, Tokens
 
-__all__ = ["ReducedBlock", "recomputed", "run_block"]
+__all__ = ["ReducedBlock", "ScaledBlock", "recomputed", "run_block"]
 
 
 class ReducedBlock(nn.Module):
@@ -83,6 +83,14 @@ class ReducedBlock(nn.Module):
     def as_tokens(self, x: Tensor) -> Tensor:
         """The block's input as (B, prefix + N, D)."""
         return x
+
+
+class ScaledBlock(ReducedBlock):
+    """Mixin of blocks whose second layer scale is timm's ``gamma_2``, None for none: EVA's and BEiT's."""
+
+    def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
+        y = self.mlp(self.norm2(z))
+        return z + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
 def run_block(

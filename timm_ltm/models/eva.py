@@ -7,7 +7,7 @@ from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
 from timm_ltm.models.attention import attend
-from timm_ltm.models.block import ReducedBlock
+from timm_ltm.models.block import ScaledBlock
 from timm_ltm.models.sequence import SequenceModel
 from timm_ltm.reduction import Tokens, initial_tokens
 
@@ -16,7 +16,7 @@ __all__ = ["ReducedEva", "ReducedEvaBlock"]
 torch.fx.wrap("initial_tokens")  # makes tensors from shapes
 
 
-class ReducedEvaBlock(ReducedBlock, EvaBlock):
+class ReducedEvaBlock(ScaledBlock, EvaBlock):
     """timm's block."""
 
     def attend(
@@ -31,10 +31,6 @@ class ReducedEvaBlock(ReducedBlock, EvaBlock):
             y = self.attn(h, rope=rope, attn_mask=bias)
         y = y if self.gamma_1 is None else self.gamma_1 * y
         return x + self.drop_path1(y), found
-
-    def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
-        y = self.mlp(self.norm2(z))
-        return z + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
 def _rope_at(rope: Tensor, anchor: Tensor) -> Tensor:

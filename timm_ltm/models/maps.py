@@ -53,7 +53,6 @@ class MapModel(ReducedModel):
     maps = True
     weighs_sizes: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
-    stem_features: ClassVar[int] = 0  # 1 where timm counts the stem's map as its first feature
     recomputes_stages: ClassVar[bool] = False  # gradient checkpoints are whole stages, not blocks of them
 
     stem: Callable[[Tensor], Tensor]  # in front of the stages: timm's module of this name, or the family's method
@@ -87,11 +86,6 @@ class MapModel(ReducedModel):
         if self.recomputes_stages and self.grad_checkpointing:
             return recomputed(run, x, placement)
         return run(x, placement)
-
-    @property
-    def merges_in_stages(self) -> bool:
-        """Whether any stage is a merging one: static, unlike a placement."""
-        return any(isinstance(stage, ReducedStage) for stage in self.stage_modules())
 
     def forward_features(self, x: Tensor) -> Tensor:
         """timm's: maps that were merged are put back."""
@@ -151,14 +145,12 @@ class MapModel(ReducedModel):
             maps = [y.permute(0, 2, 3, 1).contiguous() for y in (result if intermediates_only else result[1])]
             return maps if intermediates_only else (result[0], maps)
         self._check_tended()
-        stages, first = self.stage_modules(), self.stem_features
-        taken, last = feature_take_indices(len(stages) + first, indices)
-        end = len(stages) + first - 1
+        stages = self.stage_modules()
+        taken, last = feature_take_indices(len(stages), indices)
+        end = len(stages) - 1
         x, placement, maps = self.stem(_of_fixed_size(x)), None, []
         finished = None  # once: norms of batches count
-        if first and 0 in taken:
-            maps.append(x)
-        for i, stage in enumerate(stages, start=first):
+        for i, stage in enumerate(stages):
             if stop_early and i > last:
                 break
             x, placement = self.run_stage(stage, x, placement, observe)
@@ -174,10 +166,6 @@ class MapModel(ReducedModel):
 
     def tells_finished(self, norm: bool) -> bool:
         """Whether the last map of :meth:`forward_intermediates` is one behind :meth:`finish`."""
-        return norm and self.norm_is_last()
-
-    def norm_is_last(self) -> bool:
-        """Whether ``norm=True`` asks for :meth:`finish` on the last map."""
         return False
 
 

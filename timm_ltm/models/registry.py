@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from timm_ltm.models.base import ReducedModel, known_arguments
+from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.beit import ReducedBeit
 from timm_ltm.models.efficientvit import ReducedEfficientViT, ReducedEfficientViTLarge
 from timm_ltm.models.eva import ReducedEva
@@ -141,7 +142,7 @@ def _split(method: str, family: type[ReducedModel], kwargs: dict[str, Any]) -> t
     names = setting_names(METHODS[method])
     others = {name for cls in METHODS.values() for name in setting_names(cls)}
     timms = {name: value for name, value in kwargs.items() if name not in names}
-    known = known_arguments(family)
+    known = _known_arguments(family)
     for name in timms:
         if name not in known and (nearest(name, names) or name in others):
             raise ValueError(
@@ -149,6 +150,12 @@ def _split(method: str, family: type[ReducedModel], kwargs: dict[str, Any]) -> t
                 f"{nearest(name, names) or 'It is of another method.'}"
             )
     return {name: value for name, value in kwargs.items() if name in names}, timms
+
+
+def _known_arguments(cls: type) -> set[str]:
+    """The names of the arguments of timm's class behind a reduced one."""
+    classes = [base for base in cls.__mro__ if base.__module__.startswith("timm.")]
+    return {name for base in classes for name in inspect.signature(base.__init__).parameters}
 
 
 def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) -> Callable[..., nn.Module]:
@@ -213,7 +220,7 @@ def _register() -> None:
                 continue
             cfgs = {cfg.tag or "": cfg for cfg in get_arch_pretrained_cfgs(plain).values()}
             for method, cls in METHODS.items():
-                if (family.maps and not cls.maps) or (family.windows and not cls.windows):
+                if not family.takes(cls):
                     continue
                 for name in (plain, *short.get(plain, [])):
                     name = f"{method}_{name}"

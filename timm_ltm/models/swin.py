@@ -248,8 +248,8 @@ class ReducedSwin(MapModel, SwinTransformer):
     def finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
-    def norm_is_last(self) -> bool:
-        return True
+    def tells_finished(self, norm: bool) -> bool:
+        return norm
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         stages = len(self.layers)

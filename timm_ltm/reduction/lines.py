@@ -30,14 +30,14 @@ class Line(NamedTuple):
     Attributes:
         unit: (B, n, K) keys of length 1.
         size: (B, n) how many input tokens each stands for.
-        cells: (B, n) the cell each lies in, of c.
         advice: (B, n, c) what is added to the log weight of each token in a slot of each cell, None for nothing.
+        cells: (B, n) the cell each lies in, of c, where there is advice.
     """
 
     unit: Tensor
     size: Tensor
-    cells: Tensor
     advice: Tensor | None = None
+    cells: Tensor | None = None
 
 
 class LineReducer(Reducer):
@@ -62,8 +62,8 @@ class LineReducer(Reducer):
             advice, N = self.advice(z, tokens), fixed(unit.shape[1])
             if tokens.grid is not None:
                 return self._along_lines(unit, tokens, tokens.grid, advice)
-            line = Line(unit, tokens.size, tokens.cells(CELLS_PER_SIDE), advice)
-            return self.choose(line, self.num_slots(N))
+            cells = None if advice is None else tokens.cells(CELLS_PER_SIDE)
+            return self.choose(Line(unit, tokens.size, advice, cells), self.num_slots(N))
 
     def _along_lines(self, unit: Tensor, tokens: Tokens, grid: tuple[int, int], advice: Tensor | None) -> GridMask:
         """One mask for all rows, then one for all columns: whole columns merge, then whole rows, as tokens of H K keys.
@@ -74,11 +74,13 @@ class LineReducer(Reducer):
         unit, size = unit.reshape(-1, H, W, K), tokens.size.reshape(-1, H, W)
         of_width, of_height = size.sum(dim=1), size.sum(dim=2)
         total = of_width.sum(dim=1).view(-1, 1, 1)
-        cells = tokens.cells(g).reshape(-1, H, W)
-        of_rows, of_columns = cells[:, :, 0] // g, cells[:, 0] % g  # B H, B W
         to_columns: Tensor | None = None
         to_rows: Tensor | None = None
+        of_columns: Tensor | None = None
+        of_rows: Tensor | None = None
         if advice is not None:
+            cells = tokens.cells(g).reshape(-1, H, W)
+            of_rows, of_columns = cells[:, :, 0] // g, cells[:, 0] % g  # B H, B W
             advice = advice.reshape(-1, H, W, g, g)
             # of columns the mean over rows, each for its own row of cells: B 1 1 (H g) @ B W (H g) g -> B W g
             mean = one_hot(of_rows, g, advice.dtype).reshape(-1, 1, 1, H * g) / H
@@ -89,11 +91,11 @@ class LineReducer(Reducer):
         columns: HardMask | SoftMask | None = None
         if W_ < W or H_ == H:  # where nothing merges, one mask of weights 1 for the parameters' gradients
             keys = unit.transpose(1, 2).reshape(-1, W, H * K) / H**0.5  # B H W K -> B W (H K)
-            rows = self.choose(Line(keys, of_width, of_columns, to_columns), W_)
+            rows = self.choose(Line(keys, of_width, to_columns, of_columns), W_)
             of_width = rows.size
         if H_ < H:
             keys = unit.reshape(-1, H, W * K) / W**0.5  # B H W K -> B H (W K)
-            columns = self.choose(Line(keys, of_height, of_rows, to_rows), H_)
+            columns = self.choose(Line(keys, of_height, to_rows, of_rows), H_)
             of_height = columns.size
         size = (of_height.unsqueeze(2) * of_width.unsqueeze(1) / total).flatten(1)  # B H' W' -> B (H' W')
         return GridMask(rows, columns, grid, (H_, W_), size)

@@ -152,6 +152,7 @@ class LTM(Clustered, LineReducer):
         own: Tensor | None = None
         rest: Tensor | None = None
         if line.advice is not None:
+            assert line.cells is not None, "advice is for cells"
             own, rest = _in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
             similarity = at_least_float32(self.log_beta).exp() * similarity
             if self.training:
