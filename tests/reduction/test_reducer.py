@@ -131,3 +131,83 @@ def test_recomputing_is_known(reentrant):
     x = torch.randn(3, requires_grad=True)
     checkpoint(run, x, use_reentrant=reentrant).sum().backward()
     assert seen == [False, True]
+
+
+@pytest.fixture
+def readers():
+    """A method that reads the attention tokens receive and keeps what it saw, and one that masks all but the first."""
+
+    @register_method("toy_reader")
+    class Reader(Reducer):
+        needs = frozenset({"attention"})
+
+        def mask(self, z, tokens, seen):
+            self.seen = seen.attention
+            return every_second(tokens.size, self.num_slots(z.shape[1]))
+
+    @register_method("toy_masker")
+    class Masker(Reducer):
+        def __init__(self, site, amount, config, device=None, dtype=None):
+            super().__init__(site, amount, config, device, dtype)
+            self.weight = torch.nn.Parameter(torch.zeros(site.tokens, device=device, dtype=dtype))
+
+        @classmethod
+        def weighs(cls, config):
+            return True
+
+        def num_slots(self, num_tokens):
+            return num_tokens
+
+        def mask(self, z, tokens, seen):
+            first = torch.arange(z.shape[1]) == 0
+            whole = every_second(tokens.size, z.shape[1])
+
+            class Masked(type(whole)):
+                weight = (self.weight + first).expand(z.shape[0], -1)
+
+            return Masked(*whole)
+
+    yield Reader, Masker
+    del METHODS["toy_reader"], METHODS["toy_masker"]
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_small_patch16_dinov3"])
+def test_the_attention_that_tokens_receive(readers, name):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5).eval()
+    model = timm_ltm.convert(plain, "toy_reader", compression_ratio=[0.75, 1.0]).eval()
+    x = torch.randn(2, 3, 64, 64)
+    model(x)
+    attn = plain.blocks[0].attn
+    attn.fused_attn = False
+    seen = []
+    hook = attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    plain(x)
+    hook.remove()
+    expected = seen[0].mean(dim=(1, 2))[:, plain.num_prefix_tokens :]
+    torch.testing.assert_close(model.blocks[0].reducer.seen, expected)
+
+
+def test_who_reads_attention_fits_no_family_that_tells_none(readers):
+    name = "swin_tiny_patch4_window7_224"
+    with pytest.raises(ValueError, match=r"reads of a block only \['inputs', 'keys'\]"):
+        timm_ltm.convert(timm.create_model(name, **SMALL[name][0]), "toy_reader")
+
+
+def test_a_masked_token_is_as_if_it_were_not_there(readers):
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval()
+    model = timm_ltm.convert(plain, "toy_masker", compression_ratio=[0.99, 1.0]).eval()
+    x = torch.randn(2, 3, 64, 64)
+    logits = model(x)  # of the class token, behind a block that sees the first patch alone
+    z = plain.blocks[0](plain._pos_embed(plain.patch_embed(x)))[:, :2]
+    torch.testing.assert_close(logits, plain.forward_head(plain.norm(plain.blocks[1](z))))
+    logits.square().sum().backward()
+    gradient = model.blocks[0].reducer.weight.grad  # of exp(A) m, renormalised, at m = 0
+    assert (gradient[1:] != 0).all()
+    step = torch.zeros_like(gradient)
+    step[3] = 1e-3
+    with torch.no_grad():
+        model.blocks[0].reducer.weight.copy_(step)
+        rise = (model(x).square().sum() - logits.square().sum()) / 1e-3
+    torch.testing.assert_close(gradient[3], rise, rtol=0.02, atol=1e-4)

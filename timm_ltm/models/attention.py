@@ -1,4 +1,4 @@
-"""timm's attention of sequences, that also tells its keys: no hook of timm's gives them before they are rotated.
+"""timm's attention of sequences, that also tells its keys, which no hook of timm's gives before they are rotated.
 
 One letter per axis: B batch, h heads, N tokens, K width of a head.
 """
@@ -10,9 +10,10 @@ from timm.models import beit
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from timm_ltm.reduction import Seen
 from timm_ltm.reduction.tokens import unflatten
 
-__all__ = ["attend", "has_keys"]
+__all__ = ["attend", "has_keys", "tells_attention"]
 
 _KNOWN = (Attention, AttentionRope, EvaAttention, beit.Attention)
 
@@ -22,10 +23,20 @@ def has_keys(attn: nn.Module) -> bool:
     return type(attn) in _KNOWN or getattr(attn, "qkv", None) is not None
 
 
+def tells_attention(attn: nn.Module) -> bool:
+    """Whether the attention that tokens receive can be read: of timm's own."""
+    return type(attn) in _KNOWN
+
+
 def attend(
-    attn: nn.Module, x: Tensor, bias: Tensor | None = None, rope: Tensor | None = None, prefix: int = 0
-) -> tuple[Tensor, Tensor]:
-    """timm's attention of x (B, N, D), and the mean over heads of its keys.
+    attn: nn.Module,
+    x: Tensor,
+    bias: Tensor | None = None,
+    rope: Tensor | None = None,
+    prefix: int = 0,
+    wanted: frozenset[str] = frozenset({"keys"}),
+) -> tuple[Tensor, Seen]:
+    """timm's attention of x (B, N, D), and what a reducer may read of it.
 
     Args:
         attn: timm's module.
@@ -33,14 +44,15 @@ def attend(
         bias: Added to the logits, (B, 1, 1, N).
         rope: Rotary positions of the tokens behind the prefix, as timm's attention takes them.
         prefix: Tokens in front whose keys are not wanted.
+        wanted: ``"attention"`` costs the fused kernel; keys are free.
 
     Returns:
-        (B, N, D), and keys (B, N - prefix, K) before rotation, without gradient.
+        (B, N, D), and keys and attention received of the N - prefix.
     """
     if type(attn) not in _KNOWN:
         k = attn.qkv(x.detach()).chunk(3, dim=2)[1].detach()
         positions = {} if rope is None else {"rope": rope}
-        return attn(x, attn_mask=bias, **positions), unflatten(k, 2, (attn.num_heads, -1)).mean(dim=2)[:, prefix:]
+        return attn(x, attn_mask=bias, **positions), Seen(unflatten(k, 2, (attn.num_heads, -1)).mean(dim=2)[:, prefix:])
     q, k, v = _project(attn, x)
     keys = k.detach().mean(dim=1)[:, prefix:]
     if rope is not None:
@@ -52,16 +64,19 @@ def attend(
     groups = getattr(attn, "num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if attn.fused_attn:
+    received: Tensor | None = None
+    if attn.fused_attn and "attention" not in wanted:
         y = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
     else:
-        y = attn.attn_drop(maybe_add_mask(q * attn.scale @ k.transpose(-2, -1), bias).softmax(dim=-1)) @ v
+        weights = maybe_add_mask(q * attn.scale @ k.transpose(-2, -1), bias).softmax(dim=-1)  # B h N N
+        received = weights.mean(dim=(1, 2))[:, prefix:] if "attention" in wanted else None
+        y = attn.attn_drop(weights) @ v
     y = y.transpose(1, 2).flatten(2)  # B h N K -> B N (h K)
     y = attn.norm(y) if hasattr(attn, "norm") else y
     gate = getattr(attn, "gate", None)
     if gate is not None:
         y = y * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y)), keys
+    return attn.proj_drop(attn.proj(y)), Seen(keys, attention=received)
 
 
 def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,6 +74,7 @@ class ReducedModel(Saved):
 
     Attributes:
         weighs_sizes: Attention of this family can be in proportion to sizes.
+        gives: What a reducer may read of its blocks, fields of :class:`~timm_ltm.reduction.Seen`.
         maps: Its tokens are maps.
         windows: Its attention is in windows of a map.
         any_size: timm's model has no size of its own: entrypoints take the ``img_size`` that merging is planned for.
@@ -85,6 +86,7 @@ class ReducedModel(Saved):
     """
 
     weighs_sizes: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = frozenset({"keys", "inputs"})
     maps: ClassVar[bool] = False
     windows: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
@@ -127,8 +129,9 @@ class ReducedModel(Saved):
 
     @classmethod
     def takes(cls, method: type[Reducer]) -> bool:
-        """Whether a method keeps the shape that this family's blocks need."""
-        return (method.maps or not cls.maps) and (method.windows or not cls.windows)
+        """Whether a method keeps the shape that this family's blocks need, and needs what they give."""
+        keeps = (method.maps or not cls.maps) and (method.windows or not cls.windows)
+        return keeps and method.needs <= cls.gives
 
     # Planting
 
@@ -213,9 +216,10 @@ class ReducedModel(Saved):
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__
         if not self.takes(cls):
+            expected = f"keeps {'windows of a map' if self.windows else 'a map a map'}"
+            expected = expected if cls.needs <= self.gives else f"reads of a block only {sorted(self.gives)}"
             raise ValueError(
-                f"method: got {cls.method} ({cls.__name__}) for {name}, expected one that keeps "
-                f"{'windows of a map' if self.windows else 'a map a map'}. Use another method or model."
+                f"method: got {cls.method} ({cls.__name__}) for {name}, expected one that {expected}. Use another one."
             )
         told = self.reduction.told
         for setting in cls.Config.of_weighing if not self.weighs_sizes else ():

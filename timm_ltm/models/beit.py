@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_ltm.models.attention import attend
 from timm_ltm.models.block import ScaledBlock
 from timm_ltm.models.sequence import SequenceModel
-from timm_ltm.reduction import Tokens, initial_tokens
+from timm_ltm.reduction import Seen, Tokens, initial_tokens
 
 __all__ = ["ReducedBeit", "ReducedBeitBlock"]
 
@@ -20,13 +20,13 @@ torch.fx.wrap("initial_tokens")  # makes tensors from shapes
 class ReducedBeitBlock(ScaledBlock, Block):
     """timm's block."""
 
-    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
-        h, found = self.norm1(x), None
-        if keys:
-            y, found = attend(self.attn, h, bias, prefix=self.num_prefix_tokens)
+    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
+        h, seen = self.norm1(x), Seen()
+        if wanted:
+            y, seen = attend(self.attn, h, bias, None, self.num_prefix_tokens, wanted)
         else:
             y = self.attn(h, shared_rel_pos_bias=bias)
-        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), found
+        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), seen
 
 
 class ReducedBeit(SequenceModel, Beit):

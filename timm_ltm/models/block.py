@@ -52,8 +52,9 @@ class ReducedBlock(nn.Module):
         bias = None
         if self.behind and self.weighs and not observe:
             bias = tokens.log_sizes(prefix, self.parts).to(x.dtype)
-        z, keys = self.attend(x, tokens, bias, self.reads("keys") and not observe, **kwargs)
-        seen = Seen(keys, self.as_tokens(x)[:, prefix:] if self.reads("inputs") else None)
+        z, seen = self.attend(x, tokens, bias, frozenset() if observe else self.wanted, **kwargs)
+        if reducer is not None and "inputs" in reducer.needs:
+            seen = seen._replace(inputs=self.as_tokens(x)[:, prefix:])
         if reducer is not None and reducer.where == "between":
             z, tokens = reducer(z, tokens, seen, prefix, observe)
         z = self.rest(z, tokens)
@@ -61,18 +62,19 @@ class ReducedBlock(nn.Module):
             z, tokens = reducer(z, tokens, seen, prefix, observe)
         return z, tokens
 
-    def reads(self, what: str) -> bool:
-        """Whether the reducer needs a field of :class:`~timm_ltm.reduction.Seen`."""
-        return self.reducer is not None and what in self.reducer.needs
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What the reducer needs of attention, fields of :class:`~timm_ltm.reduction.Seen`."""
+        return frozenset() if self.reducer is None else self.reducer.needs - {"inputs"}
 
-    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention with its shortcut (B, prefix + N, D), and the keys (B, N, K) if they are asked for.
+    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
+        """Attention with its shortcut (B, prefix + N, D), and what is wanted of it.
 
         Args:
             x: The block's input.
             tokens: Of it.
             bias: Added to the attention's logits.
-            keys: Whether keys are wanted.
+            wanted: Fields of :class:`~timm_ltm.reduction.Seen`.
         """
         raise NotImplementedError
 

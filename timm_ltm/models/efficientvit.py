@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_ltm.cost import input_size_of
 from timm_ltm.models.block import ReducedBlock
 from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, map_tokens, to_map
-from timm_ltm.reduction import Placement, Tokens
+from timm_ltm.reduction import Placement, Seen, Tokens
 from timm_ltm.reduction.tokens import fixed, no_autocast, unflatten
 
 __all__ = [
@@ -41,14 +41,14 @@ class ReducedEfficientViTBlock(ReducedBlock, EfficientVitBlock):
     Attention output and shortcut are added right away: merging is linear, and their sum is merged once.
     """
 
-    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
         x = to_map(x, tokens).permute(0, 3, 1, 2)
-        if not keys:
-            return _to_tokens(self.context_module(x)), None
-        y, found = _attend(self.context_module.main, self.context_module.pre_norm(x))
+        if not wanted:
+            return _to_tokens(self.context_module(x)), Seen()
+        y, keys = _attend(self.context_module.main, self.context_module.pre_norm(x))
         if self.context_module.shortcut is not None:
             y = y + self.context_module.shortcut(x)
-        return _to_tokens(y), found
+        return _to_tokens(y), Seen(keys)
 
     def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
         return _to_tokens(self.local_module(to_map(z, tokens).permute(0, 3, 1, 2)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timm_ltm.models.attention import attend
 from timm_ltm.models.block import ScaledBlock
 from timm_ltm.models.sequence import SequenceModel
-from timm_ltm.reduction import Tokens, initial_tokens
+from timm_ltm.reduction import Seen, Tokens, initial_tokens
 
 __all__ = ["ReducedEva", "ReducedEvaBlock"]
 
@@ -20,17 +20,17 @@ class ReducedEvaBlock(ScaledBlock, EvaBlock):
     """timm's block."""
 
     def attend(
-        self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool, rope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        h, found = self.norm1(x), None
+        self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str], rope: Tensor | None = None
+    ) -> tuple[Tensor, Seen]:
+        h, seen = self.norm1(x), Seen()
         if rope is not None and self.behind:
             rope = _rope_at(rope, tokens.anchor)
-        if keys:
-            y, found = attend(self.attn, h, bias, rope, self.num_prefix_tokens)
+        if wanted:
+            y, seen = attend(self.attn, h, bias, rope, self.num_prefix_tokens, wanted)
         else:
             y = self.attn(h, rope=rope, attn_mask=bias)
         y = y if self.gamma_1 is None else self.gamma_1 * y
-        return x + self.drop_path1(y), found
+        return x + self.drop_path1(y), seen
 
 
 def _rope_at(rope: Tensor, anchor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from timm_ltm.models.attention import has_keys
 from timm_ltm.models.block import run_block
 from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, halves, map_tokens
 from timm_ltm.models.vit import ReducedViTBlock
-from timm_ltm.reduction import Placement
+from timm_ltm.reduction import Placement, Seen
 from timm_ltm.reduction.tokens import fixed
 
 __all__ = ["ReducedMobileViT", "ReducedMobileViTBlock", "ReducedMobileViTStage"]
@@ -90,6 +90,7 @@ class ReducedMobileViT(MapModel, ByobNet):
     """timm's MobileViT, a ByobNet with MobileViT's blocks."""
 
     weighs_sizes = True
+    gives = frozenset(Seen._fields)
     any_size = True
     recomputes_stages = True
     out_indices = (0, 1, 2, 3, 4)

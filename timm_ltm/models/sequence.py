@@ -9,10 +9,10 @@ from timm.models import eva, vision_transformer
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_ltm.models.attention import has_keys
+from timm_ltm.models.attention import has_keys, tells_attention
 from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import run_block
-from timm_ltm.reduction import Reducer, Tokens
+from timm_ltm.reduction import Reducer, Seen, Tokens
 
 __all__ = ["SequenceModel", "every_second_block"]
 
@@ -53,6 +53,7 @@ class SequenceModel(ReducedModel):
     block_class: type[nn.Module]
     plain_block: type[nn.Module]
     rotates: bool = False
+    gives = frozenset(Seen._fields)
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
@@ -74,6 +75,13 @@ class SequenceModel(ReducedModel):
             raise ValueError(
                 f"method: got {cls.method} ({cls.__name__}) for a model with rotary positions, expected one whose "
                 "merged tokens have the place of one token each. Use another method, form or model."
+            )
+
+        tells = all(tells_attention(block.attn) for block in self.blocks)
+        if "attention" in cls.needs and not tells:
+            raise ValueError(
+                f"method: got {cls.method}, which reads attention, for blocks whose attention is not timm's own, expected "
+                "one that does not. Use another method."
             )
 
     def depths(self) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from timm_ltm.models.block import ReducedBlock, run_block
 from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
-from timm_ltm.reduction import Placement, Tokens
+from timm_ltm.reduction import Placement, Seen, Tokens
 from timm_ltm.reduction.tokens import at_least_float32, fixed
 
 __all__ = ["ReducedSwin", "ReducedSwinBlock", "ReducedSwinStage", "fit_window"]
@@ -108,15 +108,15 @@ class ReducedSwinBlock(ReducedBlock, SwinTransformerBlock):
         return to_map(z, tokens), tokens
 
     def attend(
-        self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool, fitted: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        h, found = self.norm1(x), None
-        if keys or fitted:
-            y, found = self.attend_map(h, fitted)
-            found = found.flatten(1, 2)  # B H W K -> B (H W) K
+        self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str], fitted: bool = False
+    ) -> tuple[Tensor, Seen]:
+        h, seen = self.norm1(x), Seen()
+        if wanted or fitted:
+            y, keys = self.attend_map(h, fitted)
+            seen = Seen(keys.flatten(1, 2))  # B H W K -> B (H W) K
         else:
             y = self._attn(h)
-        return (x + self.drop_path1(y)).flatten(1, 2), found  # B H W D -> B (H W) D
+        return (x + self.drop_path1(y)).flatten(1, 2), seen  # B H W D -> B (H W) D
 
     def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
         return z + self.drop_path2(self.mlp(self.norm2(z)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from timm_ltm.models.attention import attend
 from timm_ltm.models.block import ReducedBlock
 from timm_ltm.models.sequence import SequenceModel, every_second_block
-from timm_ltm.reduction import Tokens, initial_tokens
+from timm_ltm.reduction import Seen, Tokens, initial_tokens
 
 __all__ = ["ReducedViT", "ReducedViTBlock", "ReducedViTDistilled"]
 
@@ -30,13 +30,13 @@ def _drop_patches(
 class ReducedViTBlock(ReducedBlock, Block):
     """timm's block."""
 
-    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, keys: bool) -> tuple[Tensor, Tensor | None]:
-        h, found = self.norm1(x), None
-        if keys:
-            y, found = attend(self.attn, h, bias, prefix=self.num_prefix_tokens)
+    def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
+        h, seen = self.norm1(x), Seen()
+        if wanted:
+            y, seen = attend(self.attn, h, bias, None, self.num_prefix_tokens, wanted)
         else:
             y = self.attn(h, attn_mask=bias)
-        return x + self.drop_path1(self.ls1(y)), found
+        return x + self.drop_path1(self.ls1(y)), seen
 
     def rest(self, z: Tensor, tokens: Tokens) -> Tensor:
         return z + self.drop_path2(self.ls2(self.mlp(self.norm2(z))))

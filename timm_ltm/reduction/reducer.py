@@ -57,10 +57,13 @@ class Seen(NamedTuple):
     Attributes:
         keys: (B parts, N, K) attention keys, the mean over heads, before any rotation, without gradient.
         inputs: X (B parts, N, D), the block's input.
+        attention: (B parts, N) that each token receives, the mean over heads and over all queries, the prefix among
+            them. Behind proportional attention it is that of all the tokens it stands for. It costs the fused kernel.
     """
 
     keys: Tensor | None = None
     inputs: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Observer:
@@ -166,7 +169,7 @@ class Reducer(nn.Module):
         return num_slots(num_tokens, self.amount**0.5)
 
     def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
-        """The mask of one block's tokens.
+        """The mask of one block's tokens. One that drops no token but masks it has a ``weight``, see :class:`Tokens`.
 
         Args:
             z: Attention output with its shortcut (B parts, N, D), or the block's output; without the prefix.
@@ -207,7 +210,7 @@ class Reducer(nn.Module):
             with torch.no_grad(), no_autocast(z):
                 return z, tokens._replace(carried=self.observe(z[:, num_prefix:], tokens, seen))
         mask = self.mask(z[:, num_prefix:], tokens, seen)
-        grid = getattr(mask, "grid", None)
+        grid, weight = getattr(mask, "grid", None), getattr(mask, "weight", None)
         after = Tokens(
             mask.size,
             tokens.anchor.gather(1, mask.anchors()),
@@ -215,6 +218,7 @@ class Reducer(nn.Module):
             grid,
             (*tokens.masks, mask),
             self.carry(z[:, num_prefix:], tokens, mask),
+            weight,
         )
         return mask.merge(z, num_prefix, self.site.parts), after
 

@@ -39,6 +39,8 @@ class Tokens(NamedTuple):
         grid: (H, W) of tokens that are a map and stay one, None for a sequence.
         masks: Of the merges since the start.
         carried: What a method hands from block to block.
+        weight: (B, N) in [0, 1], which part of its size attention counts a token with, None for all of it. With
+            gradient, and 0 for what is masked and not dropped.
     """
 
     size: Tensor
@@ -47,6 +49,7 @@ class Tokens(NamedTuple):
     grid: tuple[int, int] | None = None
     masks: tuple[Mask, ...] = ()
     carried: Tensor | None = None
+    weight: Tensor | None = None
 
     def cells(self, per_side: int) -> Tensor:
         """(B, N): in which cell of a ``per_side`` x ``per_side`` grid over the input each token lies."""
@@ -55,10 +58,13 @@ class Tokens(NamedTuple):
     def log_sizes(self, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """What attention in proportion to sizes adds to its logits: (B parts, 1, 1, num_prefix + N).
 
-        A token of size s then attracts attention like s equal ones (Bolya et al., ICLR 2023). Without gradient: fused
-        kernels have none for a mask, and a size may come near zero.
+        A token of size s then attracts attention like s equal ones (Bolya et al., ICLR 2023). Without gradient, as a
+        size may come near zero; that of :attr:`weight` is kept, also at 0.
         """
-        bias = F.pad(self.size.detach().clamp_min(1e-6).log(), (num_prefix, 0))
+        bias = self.size.detach().clamp_min(1e-6).log()
+        if self.weight is not None:
+            bias = bias + (self.weight + 1e-30).log()
+        bias = F.pad(bias, (num_prefix, 0))
         return bias.repeat_interleave(parts, dim=0).unsqueeze(1).unsqueeze(1)
 
     def unmerge(self, x: Tensor, num_prefix: int = 0) -> Tensor:
