@@ -80,8 +80,8 @@ class SequenceModel(ReducedModel):
         tells = all(tells_attention(block.attn) for block in self.blocks)
         if "attention" in cls.needs and not tells:
             raise ValueError(
-                f"method: got {cls.method}, which reads attention, for blocks whose attention is not timm's own, expected "
-                "one that does not. Use another method."
+                f"method: got {cls.method}, which reads attention, for blocks whose attention is not timm's own, "
+                "expected one that does not. Use another method."
             )
 
     def depths(self) -> list[int]:
