@@ -2,7 +2,7 @@
 
 Of tokens in alternation, those of the one half that resemble one of the other half most are averaged into it, weighted
 by size (Section 3.2); attention behind is in proportion to sizes (Eq. 1 there). Prefix tokens are kept. Along the lines
-of a map it merges the same number in every row and in every column.
+of a map it merges the same number per row and per column, so that the map stays one, as CubistMerge does.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class ReducedModel(Saved):
             block.num_prefix_tokens = getattr(self, "num_prefix_tokens", 0)
             if amount == 1:
                 return tokens
-            site = Site(dim, tokens, index, fresh, self.num_classes, parts)
+            site = Site(dim, tokens, index, fresh, self.num_classes, parts, sum(self.planned[0]))
             like = next(block.parameters())
             block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
             _keep_parameters(before, block.reducer)

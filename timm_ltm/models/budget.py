@@ -1,6 +1,7 @@
 """A budget in place of ratios: how much each block merges so that a forward pass costs a share of the plain model's."""
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -20,8 +21,9 @@ _STEPS = 12
 def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, budget: float) -> tuple[float, ...]:
     """The amounts that cost the largest share of the plain model's GMACs not above the budget.
 
-    Those of the family's schedule for this share, all to one power, which is found by counting a copy of the model on
-    torch's "meta" device: what the method computes and putting back are in it. No image is needed, and no memory.
+    Those of the method's or the family's schedule for this share, all to one power, which is found by counting a copy
+    of the model on torch's "meta" device: what the method computes and putting back are in it. No image is needed, and
+    no memory.
 
     Args:
         model: Before its reducers are planted.
@@ -39,37 +41,50 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
     size = input_size_of(model)
     shape.set_merging(False)
     whole = gmacs(shape, size)
-    pattern = config.default_ratios(model.planned[0], model.maps) or model.schedule_for(budget)
+
+    def share(amounts: tuple[float, ...]) -> float:
+        shape.merge_as(cls, config, amounts)
+        return gmacs(shape, size) / whole
+
+    least = 1.0
+    for pattern in tuple(config.patterns(budget, model.planned[0], model.maps)) or (model.schedule_for(budget),):
+        amounts, found = _power_within(pattern, budget, share)
+        if found <= budget:
+            return amounts
+        least = min(least, found)
+    raise ValueError(
+        f"gmacs: got {budget}, expected at least {least:.3f} of this model's, where its blocks are "
+        "left with a token each. Use a larger share, or compression_ratio to merge in other blocks."
+    )
+
+
+def _power_within(
+    pattern: tuple[float, ...], budget: float, share: Callable[[tuple[float, ...]], float]
+) -> tuple[tuple[float, ...], float]:
+    """The power of a pattern of ratios that costs most within the budget, and its share; the least one if none does."""
 
     def amounts(power: float) -> tuple[float, ...]:
         return tuple(max(ratio**power, 1e-3) for ratio in pattern)
 
-    def share(power: float) -> float:
-        shape.merge_as(cls, config, amounts(power))
-        return gmacs(shape, size) / whole
-
     low, of_low, high = 0.0, 1.0, 1.0  # powers, and the first's share: above the budget and not above it
-    of_high = share(high)
+    of_high = share(amounts(high))
     while of_high > budget:
+        if amounts(2.0 * high) == amounts(high):
+            return amounts(high), of_high
         low, of_low, high = high, of_high, 2.0 * high
-        of_high = share(high)
-        if high > 64 and of_high > budget:
-            raise ValueError(
-                f"gmacs: got {budget}, expected at least {of_high:.3f} of this model's, where its blocks are "
-                "left with a token each. Use a larger share, or compression_ratio to merge in other blocks."
-            )
+        of_high = share(amounts(high))
     for step in range(_STEPS):
         if budget - of_high <= _ENOUGH:
             break
         # a straight line between the two tells where to look, every third time the middle
         at = (of_low - budget) / (of_low - of_high) if step % 3 != 2 and of_low > of_high else 0.5
         middle = low + min(max(at, 0.1), 0.9) * (high - low)
-        found = share(middle)
+        found = share(amounts(middle))
         if found <= budget:
             high, of_high = middle, found
         else:
             low, of_low = middle, found
-    return amounts(high)
+    return amounts(high), of_high
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ from timm_ltm.models.mobilevit import ReducedMobileViT
 from timm_ltm.models.saved import is_own
 from timm_ltm.models.swin import ReducedSwin
 from timm_ltm.models.vit import ReducedViT, ReducedViTDistilled
-from timm_ltm.reduction import METHODS
+from timm_ltm.reduction import METHODS, Reducer
 from timm_ltm.reduction.reducer import setting_names
 from timm_ltm.reduction.settings import nearest, setting_error
 
@@ -72,6 +72,8 @@ REFUSED: dict[str, str] = {
     "beitv2_*": "tables of relative positions, which are of all patches",
     "mobilevitv2_*": "linear attention without keys per head over all tokens",
 }
+# Variants without rotary positions, in families that have them: methods whose slots have no place merge these alone
+UNROTATED = ("eva_giant_*",)
 # Short names
 ALIASES: dict[str, str] = {
     "vit_test": "test_vit",
@@ -85,6 +87,12 @@ default_cfgs: dict[str, DefaultCfg] = {}  # timm's register_model reads it
 def refusal(name: str) -> str | None:
     """Why a timm variant, by name, is not registered; None if it is."""
     return next((reason for pattern, reason in REFUSED.items() if fnmatch.fnmatch(name, pattern)), None)
+
+
+def _fits(cls: type[Reducer], family: type[ReducedModel], name: str) -> bool:
+    """Whether a method merges a timm variant of a family, by name."""
+    rotates = getattr(family, "rotates", False) and not any(fnmatch.fnmatch(name, p) for p in UNROTATED)
+    return family.takes(cls) and (cls.anchored or not rotates)
 
 
 def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedModel:
@@ -220,7 +228,7 @@ def _register() -> None:
                 continue
             cfgs = {cfg.tag or "": cfg for cfg in get_arch_pretrained_cfgs(plain).values()}
             for method, cls in METHODS.items():
-                if not family.takes(cls):
+                if not _fits(cls, family, plain):
                     continue
                 for name in (plain, *short.get(plain, [])):
                     name = f"{method}_{name}"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ltm.reduction.masks import GridMask, HardMask, Mask, SoftMask
+from timm_ltm.reduction.masks import GridMask, Mask
 from timm_ltm.reduction.matching import unit_vectors
 from timm_ltm.reduction.reducer import Reducer, Seen
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, fixed, no_autocast, one_hot
@@ -47,7 +47,7 @@ class LineReducer(Reducer):
     maps = True
     windows = True
 
-    def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
+    def choose(self, line: Line, num_slots: int) -> Mask:
         """The mask that merges a line of n tokens to ``num_slots``."""
         raise NotImplementedError
 
@@ -87,8 +87,8 @@ class LineReducer(Reducer):
             to_columns = (mean @ advice.transpose(1, 2).reshape(-1, W, H * g, g)).flatten(1, 2)
             mean = one_hot(of_columns, g, advice.dtype).reshape(-1, 1, 1, W * g) / W
             to_rows = (mean @ advice.transpose(3, 4).reshape(-1, H, W * g, g)).flatten(1, 2)  # B H g
-        rows: HardMask | SoftMask | None = None
-        columns: HardMask | SoftMask | None = None
+        rows: Mask | None = None
+        columns: Mask | None = None
         if W_ < W or H_ == H:  # where nothing merges, one mask of weights 1 for the parameters' gradients
             keys = unit.transpose(1, 2).reshape(-1, W, H * K) / H**0.5  # B H W K -> B W (H K)
             rows = self.choose(Line(keys, of_width, to_columns, of_columns), W_)

@@ -7,7 +7,7 @@ other way: a token gets the mean of the slots it went to, by the shares of it th
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,33 @@ from timm_ltm.reduction.tokens import fixed, one_hot, take
 __all__ = ["DenseMask", "GridMask", "HardMask", "Mask", "SoftMask", "hard_mask", "soft_mask"]
 
 
+class Mask(Protocol):
+    """What masks are; a method may have one of its own.
+
+    Attributes:
+        size: (B, P) how many input tokens each slot stands for.
+        linear: Merging is a product with G, so that vectors of several tokens may be merged as one.
+    """
+
+    size: Tensor
+    linear: bool
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
+
+    def anchors(self) -> Tensor:
+        """(B, P) token indices."""
+
+    def dense(self) -> Tensor:
+        """G (B, N, P): what merging weighs tokens by, columns sum to 1."""
+
+    def destinations(self) -> Tensor:
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+
+
 class HardMask(NamedTuple):
     """Slots are tokens (anchors), and every other token goes to one of them.
 
@@ -25,15 +52,16 @@ class HardMask(NamedTuple):
         order: (B, N) token indices: the P anchors in token order, then the M others.
         slot: (B, M) where the others go.
         own: (B, P) weight of each anchor in its slot.
-        rest: (B, M) weight of the others in theirs.
+        rest: (B, M) weight of the others in theirs, None where their features are dropped.
         size: (B, P) how many input tokens each slot stands for.
     """
 
     order: Tensor
     slot: Tensor
     own: Tensor
-    rest: Tensor
+    rest: Tensor | None
     size: Tensor
+    linear = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -54,13 +82,17 @@ class HardMask(NamedTuple):
 
     def dense(self) -> Tensor:
         """G (B, N, P)."""
-        return _rows(self.order, torch.diag_embed(self.own), self._rest())
+        rest = self._rest()
+        rest = one_hot(self.slot, fixed(self.own.shape[1]), self.own.dtype) * 0.0 if rest is None else rest
+        return _rows(self.order, torch.diag_embed(self.own), rest)
 
     def destinations(self) -> Tensor:
         """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
         return one_hot(self.slots(), fixed(self.own.shape[1]), self.own.dtype)
 
-    def _rest(self) -> Tensor:
+    def _rest(self) -> Tensor | None:
+        if self.rest is None:
+            return None
         return one_hot(self.slot, fixed(self.own.shape[1]), self.rest.dtype) * self.rest.unsqueeze(2)  # B M P
 
 
@@ -80,6 +112,7 @@ class SoftMask(NamedTuple):
     own: Tensor
     rest: Tensor
     size: Tensor
+    linear = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -119,6 +152,7 @@ class DenseMask(NamedTuple):
     columns: Tensor
     size: Tensor
     grid: tuple[int, int] | None = None
+    linear = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -153,11 +187,15 @@ class GridMask(NamedTuple):
         size: (B, H' W') how many input tokens each slot stands for.
     """
 
-    rows: HardMask | SoftMask | None
-    columns: HardMask | SoftMask | None
+    rows: Mask | None
+    columns: Mask | None
     start: tuple[int, int]
     grid: tuple[int, int]
     size: Tensor
+
+    @property
+    def linear(self) -> bool:
+        return all(mask is None or mask.linear for mask in (self.rows, self.columns))
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, H W, D) -> (B parts, H' W', D). A map has no prefix."""
@@ -167,8 +205,12 @@ class GridMask(NamedTuple):
         D = fixed(x.shape[2])
         if self.rows is not None:
             x = self.rows.merge(x.reshape(-1, W, D), 0, H * parts)  # (B parts) (H W) D -> (B parts H) W' D
-        if self.columns is not None:
+        if self.columns is not None and self.columns.linear:  # one vector of all tokens of a row: the faster way
             x = self.columns.merge(x.reshape(-1, H, W_ * D), 0, parts)  # -> (B parts) H (W' D) -> (B parts) H' (W' D)
+        elif self.columns is not None:
+            x = x.reshape(-1, H, W_, D).transpose(1, 2).reshape(-1, H, D)  # -> (B parts W') H D
+            x = self.columns.merge(x, 0, parts * W_)  # -> (B parts W') H' D
+            x = x.reshape(-1, W_, H_, D).transpose(1, 2)  # -> (B parts) H' W' D
         return x.reshape(-1, H_ * W_, D)
 
     def unmerge(self, x: Tensor) -> Tensor:
@@ -210,9 +252,6 @@ class GridMask(NamedTuple):
     @staticmethod
     def _product(rows: Tensor, columns: Tensor) -> Tensor:
         return torch.einsum("bwv,bhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)  # B (H W) (H' W')
-
-
-Mask = Union[HardMask, SoftMask, DenseMask, GridMask]
 
 
 def hard_mask(
@@ -281,21 +320,24 @@ def _rows(order: Tensor, kept: Tensor, others: Tensor) -> Tensor:
     return take(torch.cat((kept, others), dim=1), order.argsort(dim=1))  # B (P M) P in `order` -> B N P
 
 
-def _merge_anchored(x: Tensor, order: Tensor, own: Tensor, rest: Tensor, num_prefix: int, parts: int) -> Tensor:
-    """The anchors by their weights (B, P), plus the product with the others' (B, M, P)."""
+def _merge_anchored(x: Tensor, order: Tensor, own: Tensor, rest: Tensor | None, num_prefix: int, parts: int) -> Tensor:
+    """The anchors by their weights (B, P), plus the product with the others' (B, M, P), None where they are dropped."""
     N, P = fixed(order.shape[1]), fixed(own.shape[1])
     own = _shared(own.unsqueeze(2), parts).to(x.dtype)
     if num_prefix:  # prefix tokens are anchors that nobody is handed to
         own = F.pad(own, (0, 0, num_prefix, 0), value=1.0)
     if P == N:
         return x * own  # by 1: the mask's parameters still get gradients, which DistributedDataParallel waits for
-    order = _shared(order.unsqueeze(2), parts).flatten(1)
-    rest = _shared(rest, parts).to(x.dtype)
+    order = _shared((order if rest is not None else order[:, :P]).unsqueeze(2), parts).flatten(1)
     if num_prefix:
-        rest = F.pad(rest, (num_prefix, 0))
         prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
         order = torch.cat((prefix, order + num_prefix), dim=1)
     tokens = take(x, order)
+    if rest is None:
+        return tokens * own
+    rest = _shared(rest, parts).to(x.dtype)
+    if num_prefix:
+        rest = F.pad(rest, (num_prefix, 0))
     kept, others = tokens[:, : P + num_prefix] * own, tokens[:, P + num_prefix :]
     return kept.baddbmm_(rest.transpose(1, 2), others)
 

@@ -41,6 +41,7 @@ class Site(NamedTuple):
         first: It is the first that merges, of the model or of a stage.
         num_classes: Of the model's head, 0 without one.
         parts: Rows of the input in a row that are of one image and merged alike (the pixels of MobileViT's patches).
+        depth: Of the model, how many transformer blocks it was built with.
     """
 
     dim: int
@@ -49,6 +50,7 @@ class Site(NamedTuple):
     first: bool = True
     num_classes: int = 0
     parts: int = 1
+    depth: int = 1
 
 
 class Seen(NamedTuple):

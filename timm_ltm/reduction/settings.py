@@ -95,6 +95,7 @@ class Config:
     merge_warmup_epochs: int = 0
     scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio", "gmacs")  # what says how much each block merges
     of_weighing: ClassVar[tuple[str, ...]] = ()  # without effect where attention cannot be in proportion to sizes
+    trains_budget: ClassVar[bool] = False  # gmacs is what training aims at, and amounts reads it: no ratios are found
 
     def __post_init__(self) -> None:
         ratio = self.compression_ratio
@@ -145,6 +146,14 @@ class Config:
     def default_ratios(self, depths: Sequence[int], maps: bool) -> tuple[float, ...] | None:
         """The method's own schedule where it has one, for models of these stages, of maps or not."""
         return None
+
+    def patterns(self, share: float, depths: Sequence[int], maps: bool) -> Iterable[tuple[float, ...]]:
+        """For a budget, a share of the plain model's GMACs: ratios of which some power costs it, the best ones first.
+
+        The first that can meet the budget are taken. None at all: the family's own.
+        """
+        ratios = self.default_ratios(depths, maps)
+        return () if ratios is None else (ratios,)
 
     def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
         """What :meth:`amounts` returned as the setting that says the same."""
