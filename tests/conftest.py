@@ -17,12 +17,23 @@ def pytest_configure():
 
 
 def pytest_generate_tests(metafunc):
-    """A test class with ``kinds``: its tests with an argument ``kind`` run once for each of them; ``methods`` alike."""
+    """A test class with ``kinds``: its tests with an argument ``kind`` run once for each of them; ``methods`` alike.
+
+    Of ``others``, further methods, only the first two kinds are not slow.
+    """
     own = {name.strip() for m in metafunc.definition.iter_markers("parametrize") for name in str(m.args[0]).split(",")}
-    for name in ("kind", "method", "pool"):
-        values = getattr(metafunc.cls, f"{name}s", None)
-        if values is not None and name in metafunc.fixturenames and name not in own:
-            metafunc.parametrize(name, list(values), ids=str)
+    asked = [name for name in ("kind", "method", "pool") if name in metafunc.fixturenames and name not in own]
+    values = {name: list(getattr(metafunc.cls, f"{name}s")) for name in asked if hasattr(metafunc.cls, f"{name}s")}
+    others = list(getattr(metafunc.cls, "others", ())) if "method" in values else []
+    if others and "kind" in values:
+        kinds, methods = values.pop("kind"), values.pop("method")
+        pairs = [pytest.param(kind, method, id=f"{kind}-{method}") for kind in kinds for method in methods]
+        for i, kind in enumerate(kinds):
+            marks = pytest.mark.slow if i > 1 else ()
+            pairs += [pytest.param(kind, method, marks=marks, id=f"{kind}-{method}") for method in others]
+        metafunc.parametrize(("kind", "method"), pairs)
+    for name, found in values.items():
+        metafunc.parametrize(name, found + others if name == "method" else found, ids=str)
 
 
 @pytest.fixture(autouse=True)

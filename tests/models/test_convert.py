@@ -121,7 +121,7 @@ class TestBeit:
         "token": {"global_pool": "token", "swiglu_mlp": True, "scale_mlp": True},
         "all_tokens": {"global_pool": "", "qkv_bias": False, "use_abs_pos_emb": False},
     }
-    methods: ClassVar = ("ltm", "tome")
+    methods: ClassVar = ("ltm", "tome", "tofu", "patch_merger")
 
     def test_beit_without_tables(self, kind, method):
         torch.manual_seed(0)

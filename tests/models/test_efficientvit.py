@@ -18,6 +18,7 @@ from .contract import ModelContract
 
 class TestEfficientViT(ModelContract):
     name = "efficientvit_b0"
+    others: ClassVar = ("tofu",)
     size = (128, 128)
     resized: ClassVar = {}
     kwargs: ClassVar = {"num_classes": 10, "depths": (1, 1, 1, 2, 2), "head_widths": (32, 32)}

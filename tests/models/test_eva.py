@@ -44,6 +44,7 @@ KINDS = {kind: {name: value for name, value in args.items() if name in _known} f
 
 class TestEva(ModelContract):
     name = "eva02_tiny_patch14_224"
+    others: ClassVar = ("tofu",)
     any_size: ClassVar = {"dynamic_img_size": True}
     kwargs: ClassVar = {**TINY, **ROPE, "patch_size": 16}
     kinds: ClassVar = KINDS

@@ -31,6 +31,7 @@ BLOCKS = (layer(8, 1), layer(8, 2), attention(16), attention(16), layer(16, 2))
 
 class TestMobileViT(ModelContract):
     name = "mobilevit_xxs"
+    others: ClassVar = ("tofu",)
     size = (128, 128)
     resized: ClassVar = {}
     kwargs: ClassVar = {"num_classes": 10, "num_features": 48, "blocks": BLOCKS}

@@ -21,6 +21,7 @@ from .contract import ModelContract
 
 class TestSwin(ModelContract):
     name = "swin_tiny_patch4_window7_224"
+    others: ClassVar = ("tofu",)
     resized: ClassVar = {"img_size": (96, 48)}
     kwargs: ClassVar = {
         "img_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 2), "window_size": 4,

@@ -23,6 +23,7 @@ TINY = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_head
 
 class TestViT(ModelContract):
     name = "test_vit"
+    others: ClassVar = ("tofu", "patch_merger")
     any_size: ClassVar = {"dynamic_img_size": True}
     shallow: ClassVar = {"depth": 2}
     dropout: ClassVar = {**ModelContract.dropout, "pos_drop_rate": 0.1}
