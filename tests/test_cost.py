@@ -55,7 +55,7 @@ def test_attention_pooling_is_counted():
 
 
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.6])
-@pytest.mark.parametrize("method", ["ltm", "tome"])
+@pytest.mark.parametrize("method", ["ltm", "tome", "tofu", "patch_merger"])
 def test_a_budget_is_met_from_below(method, share):
     model = plain(device="meta")
     merging = timm_ltm.convert(model, method, gmacs=share)

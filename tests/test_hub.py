@@ -31,6 +31,7 @@ FAMILIES = {
     ),
     "ltm_efficientvit_b0": dict(compression_ratio=[0.6, 1.0, 1.0, 1.0], num_clusters=8),
     "tome_vit_test": dict(img_size=[32, 32], r=[0, 5, 0, 7, 0, 0]),
+    "patch_merger_vit_test": dict(img_size=[32, 32], num_slots=[0, 2, 0, 0, 0, 0]),
 }
 
 

@@ -45,6 +45,11 @@ def _loud():
         ("ltm", {"merge_warmup_epochs": 3}),
         ("tome", {"r": 3}),
         ("tome", {"compression_ratio": RATIOS}),
+        ("tofu", {"r": 3, "prune_blocks": 1}),
+        ("patch_merger", {}),
+        ("patch_merger", {"num_slots": [0, 7, 0, 3, 0, 0]}),
+        ("patch_merger", {"compression_ratio": RATIOS}),
+        ("patch_merger", {"gmacs": 0.8}),
     ],
     ids=str,
 )

@@ -154,9 +154,10 @@ class TestBeit:
             assert_close(nothing(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
-def test_a_converted_model_is_saved_as_what_it_is(tmp_path):
+@pytest.mark.parametrize("method", ["ltm", "tofu", "patch_merger"])
+def test_a_converted_model_is_saved_as_what_it_is(method, tmp_path):
     torch.manual_seed(0)
-    model = timm_ltm.convert(timm.create_model("test_vit", num_classes=5), "ltm", compression_ratio=0.8).eval()
+    model = timm_ltm.convert(timm.create_model("test_vit", num_classes=5), method, compression_ratio=0.8).eval()
     timm.models.save_for_hf(model, tmp_path, model_args={"num_classes": 5}, safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 3, 160, 160)
