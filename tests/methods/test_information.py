@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score
 
 from timm_ltm.methods.ltm.information import (
+    InformationSums,
     bound_constant,
     class_conditional,
     ib_bound,
@@ -43,3 +44,24 @@ def test_mutual_information_agrees_with_scikit_learn():
     a, b = torch.randint(4, (2, 200), generator=g)
     table = joint(F.one_hot(a, 4).double(), F.one_hot(b, 4).double())
     assert mutual_information(table).item() == pytest.approx(mutual_info_score(a, b), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(2, 12), st.integers(2, 5), st.integers(2, 4), st.sampled_from([0.1, 3.0, 1e4]), st.integers(0, 2**31)
+)
+def test_limits_hold_however_sharp(n, A, K, sharpness, seed):
+    """I >= 0, I(X~, Y) <= H(Y), Theorem 3.1, also where phi and Q are rounded to 0; batches add up to the whole."""
+    g = torch.Generator().manual_seed(seed)
+    log_phi, log_phi_input = (sharpness * torch.randn(2, n, A, generator=g, dtype=torch.float64)).log_softmax(dim=2)
+    labels = F.one_hot(torch.randint(K, (n,), generator=g), K).double()
+    whole, parts = InformationSums(A, A, K), InformationSums(A, A, K)
+    whole.add(log_phi.exp(), log_phi_input, labels)
+    for rows in torch.arange(n).split(3):
+        parts.add(log_phi[rows].exp(), log_phi_input[rows], labels[rows])
+    assert whole.of_inputs() >= -1e-9
+    assert -1e-9 <= whole.of_labels() <= whole.label_entropy() + 1e-9
+    assert whole.loss() <= (whole.bound() - whole.constant()) * (1 + 1e-12) + 1e-9
+    torch.testing.assert_close(parts.bound(), whole.bound())
+    torch.testing.assert_close(parts.loss(), whole.loss(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(parts.constant(), whole.constant())

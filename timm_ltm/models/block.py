@@ -4,7 +4,7 @@ torch.fx reads the annotations of forward passes, hence none of them postponed.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import register_notrace_module
 from timm.models import checkpoint
@@ -25,8 +25,10 @@ class ReducedBlock(nn.Module):
         weighs: Attention is in proportion to their sizes then.
         num_prefix_tokens: Class, register and distillation tokens in front.
         parts: As of :class:`~timm_ltm.reduction.Site`.
+        first_of_rest: The module that reads what was merged, the first of :meth:`rest`.
     """
 
+    first_of_rest: ClassVar[str] = "norm2"
     reducer: Reducer | None
     behind: bool
     weighs: bool

@@ -41,6 +41,8 @@ class ReducedEfficientViTBlock(ReducedBlock, EfficientVitBlock):
     Attention output and shortcut are added right away: merging is linear, and their sum is merged once.
     """
 
+    first_of_rest = "local_module"
+
     def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
         x = to_map(x, tokens).permute(0, 3, 1, 2)
         if not wanted:

@@ -50,9 +50,12 @@ def kmeans(x: Tensor, num_clusters: int, iterations: int = 10, generator: torch.
     """Centroids (A, F) of features (n, F): k-means++ and Lloyd's iterations. A cluster without members stays put."""
     centroids = kmeans_plus_plus(x, num_clusters, generator)
     for _ in range(iterations):
-        members = F.one_hot(squared_distances(x, centroids).argmin(dim=1), num_clusters).to(x.dtype)
-        counts = members.sum(dim=0).unsqueeze(1)
-        centroids = torch.where(counts > 0, members.t() @ x / counts.clamp_min(1.0), centroids)
+        sums, counts = torch.zeros_like(centroids), centroids.new_zeros(num_clusters, 1)
+        for part in x.split(8192):  # (n, A) in parts
+            members = F.one_hot(squared_distances(part, centroids).argmin(dim=1), num_clusters).to(x.dtype)
+            sums += members.t() @ part
+            counts += members.sum(dim=0).unsqueeze(1)
+        centroids = torch.where(counts > 0, sums / counts.clamp_min(1.0), centroids)
     return centroids
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "assign",
     "cluster_scores",
     "direction",
+    "log_assign",
     "mask_update",
     "pool_slots",
     "posterior_scores",
@@ -45,8 +46,16 @@ def assign(x: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
     Returns:
         (..., A), rows sum to 1.
     """
-    logits = 2.0 * x @ centroids.t() - centroids.square().sum(dim=1)
-    return (logits / temperature).softmax(dim=-1)
+    return _logits(x, centroids, temperature).softmax(dim=-1)
+
+
+def log_assign(x: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
+    """log phi of :func:`assign`, finite where phi is rounded to 0."""
+    return _logits(x, centroids, temperature).log_softmax(dim=-1)
+
+
+def _logits(x: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
+    return (2.0 * x @ centroids.t() - centroids.square().sum(dim=1)) / temperature
 
 
 def cluster_scores(log_q: Tensor, prior: Tensor) -> Tensor:
