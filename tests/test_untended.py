@@ -71,7 +71,7 @@ def test_training_that_is_tended_says_nothing(digits, how):
 
 def test_a_task_says_when_merging_will_start_and_that_it_starts(digits, caplog):
     x, y = (t[:32] for t in digits)
-    caplog.set_level(logging.INFO, "timm_ltm.training")
+    caplog.set_level(logging.INFO, "timm_ltm")
     model = timm.create_model("tome_vit_test", merge_warmup_epochs=2, **NO_SETTINGS)
     task = task_of(model)
     for _ in range(3):

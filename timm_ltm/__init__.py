@@ -7,6 +7,7 @@ Importing registers the models with timm: ``timm.create_model("ltm_vit_small_pat
 from timm_ltm import (
     methods,  # noqa: F401  registers the methods, which models.registry reads
     models,
+    tasks,  # noqa: F401  attaches a refresh to timm's tasks
 )
 from timm_ltm.models import convert
 from timm_ltm.reduction import METHODS

@@ -28,7 +28,7 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     return getattr(model, "in_chans", channels), *size
 
 
-def gmacs(model: nn.Module, input_size: Sequence[int] | None = None) -> float:
+def gmacs(model: nn.Module, input_size: Sequence[int] | None = None, inputs: torch.Tensor | None = None) -> float:
     """10^9 multiply-adds of a forward pass of one image, all matrix products and convolutions in it.
 
     Attention's products count whatever kernel would run: torch's counter has no formula for some fused ones and counts
@@ -37,19 +37,21 @@ def gmacs(model: nn.Module, input_size: Sequence[int] | None = None) -> float:
 
     Args:
         model: Any, in the mode and on the device it is in; evaluation is what is usually meant.
-        input_size: (C, H, W); the model's own if not given.
+        input_size: (C, H, W); the model's own if not given. Of an image of zeros, unless there are ``inputs``.
+        inputs: (B, C, H, W) images, for a model whose cost depends on them: each is run alone, and the mean counted.
 
     Returns:
         In 10^9.
     """
     size = tuple(input_size) if input_size is not None else input_size_of(model)
     like = next(model.parameters())
-    x = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+    x = torch.zeros(1, *size, device=like.device, dtype=like.dtype) if inputs is None else inputs
     # with gradients: torch's counter looks for those of a parameter that is a module's input, as in attention pooling
     with (
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping=_MORE) as counter,
     ):
-        model(x)
-    return counter.get_total_flops() / 2e9
+        for image in x.split(1):
+            model(image)
+    return counter.get_total_flops() / 2e9 / len(x)

@@ -1,8 +1,7 @@
 """Clusters and Q follow the training, committed at each epoch's end (Algorithm 1, line 11).
 
-:class:`ClusterRefresh` serves anybody's loop. Under timm's own ``train.py`` nothing has to be called: a
-:class:`timm.task.TrainingTask` that is given a merging model gets its refresh by itself, from the task's forward calls.
-A model has one owner at a time: an explicit refresh goes before a task's, and several tasks of a model share theirs.
+:class:`ClusterRefresh` serves anybody's loop; timm's tasks have theirs by themselves, see :mod:`timm_ltm.tasks`. A
+model has one owner at a time: an explicit refresh goes before a task's, and several tasks of a model share theirs.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_ltm.models import base
 from timm_ltm.models.base import ReducedModel, owner_of
@@ -38,7 +35,7 @@ class ClusterRefresh:
         for epoch in range(epochs):
             model.train()
             for images, targets in loader:
-                loss = criterion(model(images), targets)
+                loss = criterion(model(images), targets) + refresh.loss(targets)
                 ...
                 refresh.step(targets)
             refresh.epoch_end()
@@ -72,7 +69,8 @@ class ClusterRefresh:
         self.model, self.ema = models[0], ema
         self._given_classes, self._reservoir, self._seed = num_classes, reservoir, seed
         self.reducers: dict[str, Reducer] = {}
-        self.observers: dict[str, Observer] = {}
+        self.observers: dict[str, Observer] = {}  # of what collects
+        self.adding: dict[str, Observer] = {}  # of what adds to the loss
         self.running: dict[str, Any] = {}  # running sums, as each reducer makes them
         self.log_q: dict[str, Tensor] = {}  # (A, K) of each block's last commit, for the IB loss
         self.steps = 0  # training batches in this epoch
@@ -103,7 +101,9 @@ class ClusterRefresh:
         """At the start, and after a checkpoint: reducers may be new, and the epoch another."""
         reducers = dict(model.reducers())
         if reducers != self.reducers:
-            self.reducers, self.observers = reducers, model.observers(new=True)
+            self.reducers, made = reducers, model.observers(new=True)
+            self.observers = {name: observer for name, observer in made.items() if reducers[name].collects}
+            self.adding = {name: observer for name, observer in made.items() if reducers[name].adds_loss}
             self.steps = 0
         if self.steps:
             return  # parameters that were set aside and put back, within an epoch
@@ -148,8 +148,32 @@ class ClusterRefresh:
             for observer in self.observers.values():
                 observer.labels, observer.fresh = one_hot, True
 
+    @property
+    def adds_loss(self) -> bool:
+        """Whether :meth:`loss` may be anything but zero."""
+        return bool(self.adding) or bool(getattr(self.model.config, "ib_loss_weight", 0.0))
+
+    def loss(self, targets: Tensor) -> Tensor:
+        """After the forward pass of a training batch and before :meth:`step`: what the method adds to the loss.
+
+        A budget that training aims at, of methods that have one, and :meth:`ib_loss`.
+
+        Args:
+            targets: As of :meth:`step`.
+
+        Raises:
+            ValueError: As of :meth:`ib_loss`.
+        """
+        shown = {name: observer.features for name, observer in self.adding.items() if observer.features is not None}
+        for name, features in shown.items():
+            self._check_gradient(name, features, "training loss")
+        total = self.ib_loss(targets)
+        if shown:  # nothing before merging starts
+            total = total + type(self.reducers[next(iter(shown))]).training_loss([*shown.values()], self.model.config)
+        return total
+
     def ib_loss(self, targets: Tensor) -> Tensor:
-        """After the forward pass of a training batch and before :meth:`step`: what to add to the loss.
+        """The information-bottleneck part of :meth:`loss` alone.
 
         ``ib_loss_weight`` times the IB bound of the pooled features that each block updates its mask from, summed over
         blocks, from ``ib_loss_start_epoch`` on; the bound's part that no mask changes is left out. Zero until Q was
@@ -169,16 +193,18 @@ class ClusterRefresh:
                 log_q = self.log_q.get(name)
                 if observer.features is None or log_q is None or log_q.shape[1] != one_hot.shape[1]:
                     continue
-                reducer = self.reducers[name]
-                trains = torch.is_grad_enabled() and any(p.requires_grad for p in reducer.parameters())
-                if trains and not observer.features.requires_grad:
-                    raise ValueError(
-                        f"ib_loss_weight: got features without gradient of {name}, expected some. Leave "
-                        "timm.layers.set_reentrant_ckpt at False, or ib_loss_weight at 0."
-                    )
+                self._check_gradient(name, observer.features, "ib_loss_weight")
                 with no_autocast(one_hot):
-                    total = total + reducer.label_loss(observer.features, one_hot, log_q)
+                    total = total + self.reducers[name].label_loss(observer.features, one_hot, log_q)
         return weight * total
+
+    def _check_gradient(self, name: str, features: Tensor, what: str) -> None:
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.reducers[name].parameters())
+        if trains and not features.requires_grad:
+            raise ValueError(
+                f"{what}: got features without gradient of {name}, expected some. Leave "
+                "timm.layers.set_reentrant_ckpt at False, or ib_loss_weight at 0."
+            )
 
     @torch.no_grad()
     def step(self, targets: Tensor) -> None:
@@ -205,6 +231,8 @@ class ClusterRefresh:
             features, observer.fresh = observer.take(), False
             if features is not None and name in self.running:
                 self.running[name].add(features, one_hot)
+        for observer in self.adding.values():
+            observer.take()
 
     def _one_hot(self, targets: Tensor) -> Tensor:
         K = self._classes()
@@ -272,118 +300,3 @@ class ClusterRefresh:
                     for old, new in zip(theirs.buffers(), ours.buffers(), strict=True):
                         old.copy_(new)
             copy._read_epoch()
-
-
-class _TaskRefresh(ClusterRefresh):
-    """The refresh of a timm task: targets from its forward calls, epochs from the model's train() and eval().
-
-    The commit falls on the first train() or eval() after training batches, so that what is validated and saved at an
-    epoch's end has the epoch's clusters. A train() behind a single update of the parameters is no end: loops call it
-    before every batch. A loop that validates within epochs makes a :class:`ClusterRefresh` of its own.
-    """
-
-    def __init__(self, model: ReducedModel) -> None:
-        super().__init__(model)
-        self._updates, self._version = 0, 0  # of the parameters, since the last train() or eval()
-        self.on_mode(model, True)
-
-    def on_mode(self, model: ReducedModel, mode: bool) -> None:
-        self._look_for_update()
-        if self.steps and (not mode or self._updates > 1):
-            self.epoch_end()
-        self._updates = 0
-
-    def step(self, targets: Tensor | None) -> None:
-        self._look_for_update()
-        super().step(targets)
-
-    def _look_for_update(self) -> None:
-        version = sum(p._version for p in self.model.parameters())
-        self._updates += version != self._version
-        self._version = version
-
-
-class _Attached:
-    """A task's hooks: they keep its refresh alive, and find the model anew where the task was given another."""
-
-    def __init__(self, task: TrainingTask) -> None:
-        self.refresh: _TaskRefresh | None = None
-        task.register_forward_pre_hook(self.before, with_kwargs=True)
-        task.register_forward_hook(self.after, with_kwargs=True)
-
-    def __getstate__(self) -> dict[str, None]:
-        return {"refresh": None}  # a copied task finds its own
-
-    def before(self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refresh = self._of(task)
-        if refresh is not None:
-            refresh.labels(_target(args, kwargs))
-
-    def after(self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        refresh = self._of(task)
-        if refresh is not None:
-            target = _target(args, kwargs)
-            if getattr(refresh.model.config, "ib_loss_weight", 0.0):
-                output["loss"] = output["loss"] + refresh.ib_loss(target)
-            refresh.step(target)
-
-    def _of(self, task: TrainingTask) -> _TaskRefresh | None:
-        """The refresh of the model that the task trains now; None where there is none, or another owner."""
-        models = [m for m in task.get_trainable_module().modules() if isinstance(m, ReducedModel) and m.training]
-        if len(models) != 1:
-            return None
-        (model,) = models
-        owner = owner_of(model)
-        if owner is None and model.needs_refresh():
-            owner = _TaskRefresh(model)
-        if not isinstance(owner, _TaskRefresh):
-            return None  # explicit, or nothing to do
-        if owner is not self.refresh:
-            self.refresh = owner
-            _logger.info("ClusterRefresh attached to %s.", type(task).__name__)
-        owner.ema = task.get_trainable_module(ema=True)
-        return owner
-
-
-def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return kwargs["target"] if "target" in kwargs else args[1] if len(args) > 1 else None
-
-
-# Tasks are told by a hook that is called when modules are assigned to modules, never in a forward pass. It is there
-# while a model lives that training would have to tend: made, copied, unpickled, or loaded.
-_living: weakref.WeakSet[ReducedModel] = weakref.WeakSet()
-_hook: Any = None
-_looking = False
-
-
-def _watch_for_tasks(model: ReducedModel) -> None:
-    global _hook
-    if not model.needs_refresh() or model in _living:
-        return
-    weakref.finalize(model, _release)
-    _living.add(model)
-    if _hook is None:
-        _hook = register_module_module_registration_hook(_watch)
-
-
-def _release() -> None:
-    global _hook
-    if _hook is not None and not len(_living) and not _looking:  # torch goes through its hooks then
-        _hook.remove()
-        _hook = None
-
-
-def _watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    global _looking
-    if child is None or not isinstance(parent, TrainingTask):
-        return
-    _looking = True
-    try:
-        attached = any(isinstance(getattr(h, "__self__", None), _Attached) for h in parent._forward_hooks.values())
-        if not attached and any(isinstance(module, ReducedModel) for module in child.modules()):
-            _Attached(parent)
-    finally:
-        _looking = False
-
-
-base.on_created.append(_watch_for_tasks)

@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from timm_ltm.reduction import Seen
-from timm_ltm.reduction.tokens import unflatten
+from timm_ltm.reduction.tokens import at_least_float32, unflatten
 
 __all__ = ["attend", "has_keys", "tells_attention"]
 
@@ -35,6 +35,7 @@ def attend(
     rope: Tensor | None = None,
     prefix: int = 0,
     wanted: frozenset[str] = frozenset({"keys"}),
+    asking: Tensor | None = None,
 ) -> tuple[Tensor, Seen]:
     """timm's attention of x (B, N, D), and what a reducer may read of it.
 
@@ -45,6 +46,7 @@ def attend(
         rope: Rotary positions of the tokens behind the prefix, as timm's attention takes them.
         prefix: Tokens in front whose keys are not wanted.
         wanted: ``"attention"`` costs the fused kernel; keys are free.
+        asking: (B, N) which queries count in the attention received, 1 or 0; None for all.
 
     Returns:
         (B, N, D), and keys and attention received of the N - prefix.
@@ -69,7 +71,7 @@ def attend(
         y = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
     else:
         weights = maybe_add_mask(q * attn.scale @ k.transpose(-2, -1), bias).softmax(dim=-1)  # B h N N
-        received = weights.mean(dim=(1, 2))[:, prefix:] if "attention" in wanted else None
+        received = _received(weights, asking)[:, prefix:] if "attention" in wanted else None
         y = attn.attn_drop(weights) @ v
     y = y.transpose(1, 2).flatten(2)  # B h N K -> B N (h K)
     y = attn.norm(y) if hasattr(attn, "norm") else y
@@ -77,6 +79,14 @@ def attend(
     if gate is not None:
         y = y * gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y)), Seen(keys, attention=received)
+
+
+def _received(weights: Tensor, asking: Tensor | None) -> Tensor:
+    """(B, N): what each token receives of attention (B, h, N, N), the mean over heads and the queries that count."""
+    weights = weights.mean(dim=1, dtype=at_least_float32(weights).dtype)
+    if asking is None:
+        return weights.mean(dim=1)
+    return (weights * asking.unsqueeze(2)).sum(dim=1) / asking.sum(dim=1, keepdim=True)
 
 
 def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -166,6 +166,7 @@ class ReducedModel(Saved):
                 "of each side) is rounded up to what it was. Use less to merge in a block.",
                 stacklevel=4,
             )
+        cls.planted(self, config)
         self.reduction.write({"method": self.method, **self._settings()})
         self._read_epoch()
 
@@ -188,7 +189,7 @@ class ReducedModel(Saved):
             block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
             _keep_parameters(before, block.reducer)
             left = block.reducer.slots(tokens)
-            behind, fresh, merges = True, False, merges or left != tokens
+            behind, fresh, merges = True, False, merges or left != tokens or cls.by_image
             return left
 
         self.plan(put)
@@ -207,7 +208,7 @@ class ReducedModel(Saved):
     def amounts_of(self, config: Config) -> tuple[float, ...]:
         """How much each transformer block merges by these settings, 1.0 for nothing."""
         depths, default = self.planned
-        if config.gmacs is None:
+        if config.gmacs is None or config.trains_budget:
             return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
         if config not in self._budgets:
             self._budgets[config] = amounts_within(self, form_of(self.method, config), config, config.gmacs)
@@ -286,21 +287,21 @@ class ReducedModel(Saved):
     # Training
 
     def needs_refresh(self) -> bool:
-        """Whether training it needs somebody who counts its epochs or collects its features."""
+        """Whether training it needs somebody who counts its epochs, collects its features or adds to its loss."""
         reducers = [reducer for _, reducer in self.reducers()]  # none: it never merges, and waits for nothing
         warming = self._forced is None and self.warmup_left > 0 and bool(reducers)
-        return warming or any(reducer.collects for reducer in reducers)
+        return warming or any(reducer.collects or reducer.adds_loss for reducer in reducers)
 
     def set_collecting(self, enable: bool) -> None:
         """Whether training batches are shown to reducers in warm-up too. The refresh calls this."""
         self.collecting = enable
 
     def observers(self, new: bool) -> dict[str, Observer]:
-        """Give the reducers that collect new observers, or take theirs away."""
+        """Give the reducers that show something new observers, or take theirs away."""
         made = {}
         for name, reducer in self.reducers():
             reducer.observer = None
-            if new and reducer.collects:
+            if new and (reducer.collects or reducer.adds_loss):
                 made[name] = reducer.observer = Observer()
         return made
 
@@ -316,15 +317,12 @@ class ReducedModel(Saved):
             return
         self._untended += 1
         if self._untended > 1:  # one alone is a look at a model that was just made, not training
+            never = f"merging, planned after {self.warmup_left} epochs, will never start"
+            lacks = never if self.warmup_left > 0 else form_of(self.method, self.config).untended
             warnings.warn(
-                f"{type(self).__name__} trains without a refresh: "
-                + (
-                    f"merging, planned after {self.warmup_left} epochs, will never start. "
-                    if self.warmup_left > 0
-                    else "its clusters are never updated, so the learned part stays at zero. "
-                )
-                + "Train it under a timm task, or with refresh = timm_ltm.ClusterRefresh(model), refresh.step(targets) "
-                "after each batch and refresh.epoch_end().",
+                f"{type(self).__name__} trains without a refresh: {lacks}. Train it under a timm task, or with "
+                "refresh = timm_ltm.ClusterRefresh(model), refresh.loss(targets) added to the loss, "
+                "refresh.step(targets) after each batch and refresh.epoch_end().",
                 stacklevel=3,
             )
 

@@ -22,11 +22,11 @@ class ReducedEvaBlock(ScaledBlock, EvaBlock):
     def attend(
         self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str], rope: Tensor | None = None
     ) -> tuple[Tensor, Seen]:
-        h, seen = self.norm1(x), Seen()
+        h, seen, prefix = self.norm1(x), Seen(), self.num_prefix_tokens
         if rope is not None and self.behind:
             rope = _rope_at(rope, tokens.anchor)
         if wanted:
-            y, seen = attend(self.attn, h, bias, rope, self.num_prefix_tokens, wanted)
+            y, seen = attend(self.attn, h, bias, rope, prefix, wanted, tokens.unmasked(prefix))
         else:
             y = self.attn(h, rope=rope, attn_mask=bias)
         y = y if self.gamma_1 is None else self.gamma_1 * y

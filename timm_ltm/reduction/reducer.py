@@ -59,8 +59,9 @@ class Seen(NamedTuple):
     Attributes:
         keys: (B parts, N, K) attention keys, the mean over heads, before any rotation, without gradient.
         inputs: X (B parts, N, D), the block's input.
-        attention: (B parts, N) that each token receives, the mean over heads and over all queries, the prefix among
-            them. Behind proportional attention it is that of all the tokens it stands for. It costs the fused kernel.
+        attention: (B parts, N) that each token receives, the mean over heads and over all queries that are not masked,
+            the prefix among them. Behind proportional attention it is that of all the tokens it stands for. It costs
+            the fused kernel.
     """
 
     keys: Tensor | None = None
@@ -122,8 +123,11 @@ class Reducer(nn.Module):
         anchored: Every slot has the place of one token: rotary positions can be looked up there.
         maps: It reduces maps to maps.
         windows: It reduces maps whose attention is in windows.
+        by_image: How many tokens it leaves depends on the image: :meth:`slots` returns the most.
         collects: It shows features to a refresh while training.
         reads_labels: It reads the labels of its batch while training.
+        adds_loss: It shows its observer, while training, what :meth:`training_loss` is made of.
+        untended: What goes wrong where nobody refreshes a model that is trained.
         observer: Set by the refresh that collects from it.
     """
 
@@ -135,8 +139,11 @@ class Reducer(nn.Module):
     anchored: ClassVar[bool] = True
     maps: ClassVar[bool] = False
     windows: ClassVar[bool] = False
+    by_image: ClassVar[bool] = False
     collects: bool = False
     reads_labels: ClassVar[bool] = False
+    adds_loss: ClassVar[bool] = False
+    untended: ClassVar[str] = "its clusters are never updated, so the learned part stays at zero"
     observer: Observer | None = None
 
     def __init__(
@@ -240,6 +247,20 @@ class Reducer(nn.Module):
     def label_loss(self, features: Tensor, labels: Tensor, log_q: Tensor) -> Tensor:
         """What features (B, F) of a batch add to the training loss, given labels (B, K) and log Q (A, K)."""
         raise NotImplementedError
+
+    @classmethod
+    def training_loss(cls, shown: list[Tensor], config: Config) -> Tensor:
+        """What the blocks of a model together add to the training loss, of a method that :attr:`adds_loss`.
+
+        Args:
+            shown: What each block showed of the batch (B, F), in the order they run.
+            config: The method's settings.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def planted(cls, model: nn.Module, config: Config) -> None:
+        """When all blocks of a model have their reducers: what the settings ask of the model as a whole."""
 
     def check_classes(self, num_classes: int, name: str) -> None:
         """Before collecting with targets of K classes: ValueError if this reducer, of that name, is made for others."""

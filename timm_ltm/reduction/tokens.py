@@ -24,6 +24,7 @@ __all__ = [
     "initial_tokens",
     "no_autocast",
     "one_hot",
+    "shapes_are_fixed",
     "take",
     "unflatten",
 ]
@@ -39,8 +40,8 @@ class Tokens(NamedTuple):
         grid: (H, W) of tokens that are a map and stay one, None for a sequence.
         masks: Of the merges since the start.
         carried: What a method hands from block to block.
-        weight: (B, N) in [0, 1], which part of its size attention counts a token with, None for all of it. With
-            gradient, and 0 for what is masked and not dropped.
+        weight: (B, N) how many tokens attention counts each token as, None for its size. With gradient, and 0 for what
+            is masked and not dropped.
     """
 
     size: Tensor
@@ -61,11 +62,15 @@ class Tokens(NamedTuple):
         A token of size s then attracts attention like s equal ones (Bolya et al., ICLR 2023). Without gradient, as a
         size may come near zero; that of :attr:`weight` is kept, also at 0.
         """
-        bias = self.size.detach().clamp_min(1e-6).log()
-        if self.weight is not None:
-            bias = bias + (self.weight + 1e-30).log()
+        bias = self.size.detach().clamp_min(1e-6).log() if self.weight is None else (self.weight + 1e-30).log()
         bias = F.pad(bias, (num_prefix, 0))
         return bias.repeat_interleave(parts, dim=0).unsqueeze(1).unsqueeze(1)
+
+    def unmasked(self, num_prefix: int = 0) -> Tensor | None:
+        """(B, num_prefix + N): 1 for tokens that are there and 0 for those that are masked, None for all there."""
+        if self.weight is None:
+            return None
+        return F.pad((self.weight > 0).to(self.size.dtype), (num_prefix, 0), value=1.0)
 
     def unmerge(self, x: Tensor, num_prefix: int = 0) -> Tensor:
         """Tokens put back where they came from: (B, num_prefix + P, D) -> (B, num_prefix + H W, D)."""
@@ -121,6 +126,11 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def fixed(size: int) -> int:
     """A size that is not the batch's as a constant of traces, which then compute no shapes."""
     return int(size) if torch.jit.is_tracing() else size
+
+
+def shapes_are_fixed(x: Tensor) -> bool:
+    """Whether shapes must not depend on values: in graphs that are compiled, exported or traced, and without values."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing() or x.is_meta
 
 
 def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
