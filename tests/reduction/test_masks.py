@@ -26,12 +26,14 @@ def inputs(B, N, P, seed=0, dtype=torch.float64):
 
 
 def build(kind, B, N, P, seed=0, dtype=torch.float64, update=True):
-    """A mask of one of the four kinds over N tokens (of a map, N x (N + 1)), and the sizes put in."""
+    """A mask of one of the kinds over N tokens (of a map, N x (N + 1)), and the sizes put in."""
     order, size, logits, own, rest = inputs(B, N, P, seed, dtype)
     if kind == "hard":
         slot = logits.argmax(dim=2)
         rest = rest.gather(2, slot.unsqueeze(2)).squeeze(2)
         return hard_mask(order, slot, size, P, *((own, rest) if update else ())), size
+    if kind == "dropped":
+        return hard_mask(order, logits.argmax(dim=2), size, P)._replace(own=torch.ones_like(own), rest=None), size
     if kind == "soft":
         return soft_mask(order, logits, size, *((own, rest) if update else ())), size
     if kind == "dense":
@@ -44,7 +46,7 @@ def build(kind, B, N, P, seed=0, dtype=torch.float64, update=True):
     return GridMask(rows, columns, (N, N + 1), (P, P), merged), (height.unsqueeze(2) * width.unsqueeze(1)).flatten(1)
 
 
-KINDS = ["hard", "soft", "dense", "grid"]
+KINDS = ["hard", "dropped", "soft", "dense", "grid"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

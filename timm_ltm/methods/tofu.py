@@ -14,6 +14,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ltm.methods.tome import ToMe, ToMeConfig
@@ -21,7 +22,7 @@ from timm_ltm.reduction.lines import Line
 from timm_ltm.reduction.masks import HardMask, Mask
 from timm_ltm.reduction.reducer import register_method
 from timm_ltm.reduction.settings import check_whole
-from timm_ltm.reduction.tokens import at_least_float32, fixed, unflatten
+from timm_ltm.reduction.tokens import at_least_float32, fixed, one_hot, unflatten
 
 __all__ = ["MLERPMask", "ToFu", "ToFuConfig"]
 
@@ -71,16 +72,19 @@ class MLERPMask(NamedTuple):
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
         mean = self.hard.merge(x, num_prefix, parts)
-        if fixed(x.shape[1]) == fixed(mean.shape[1]):
+        P = fixed(mean.shape[1]) - num_prefix
+        if fixed(x.shape[1]) == num_prefix + P:
             return mean
         norm, length = (torch.linalg.vector_norm(at_least_float32(t[:, num_prefix:]), dim=2) for t in (x, mean))
-        norm = unflatten(norm, 0, (-1, parts)).unsqueeze(3)  # (B parts) N -> B parts N 1
-        slots = self.destinations().to(norm.dtype).unsqueeze(1)  # B 1 N P
-        longest = (norm * slots).amax(dim=2).reshape(-1, fixed(slots.shape[3]))  # B parts N P -> (B parts) P
+        norm = unflatten(norm, 0, (-1, parts))  # (B parts) N -> B parts N
+        norm = norm.gather(2, self.hard.order.unsqueeze(1).expand(-1, parts, -1)).unsqueeze(3)
+        others = norm[:, :, P:] * one_hot(self.hard.slot, P, norm.dtype).unsqueeze(1)  # B parts M P
+        longest = torch.maximum(norm[:, :, :P, 0], others.amax(dim=2)).reshape(-1, P)  # B parts P -> (B parts) P
         directed = length > _CANCELLED * longest
         scale = torch.where(directed, longest / torch.where(directed, length, 1.0), 1.0)
-        merged = mean[:, num_prefix:] * scale.unsqueeze(2).to(x.dtype)
-        return torch.cat((mean[:, :num_prefix], merged), dim=1) if num_prefix else merged
+        if num_prefix:
+            scale = F.pad(scale, (num_prefix, 0), value=1.0)
+        return mean * scale.unsqueeze(2).to(x.dtype)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Slots put back where their tokens came from: (B, P, D) -> (B, N, D), a lookup."""
