@@ -12,12 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_ltm.models.base import ReducedModel
+from timm_ltm.models.base import MergeMasks, ReducedModel
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.maps import MapModel, map_tokens
-from timm_ltm.reduction import Tokens
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens
+from timm_ltm.reduction import Placement, Reducer, Tokens
+from timm_ltm.reduction.tokens import one_hot
 
-__all__ = ["Merged", "as_reduced", "block_names", "evaluating", "record_merged", "record_output"]
+__all__ = [
+    "Merged",
+    "as_reduced",
+    "block_names",
+    "evaluating",
+    "masks_on_images",
+    "record_merged",
+    "record_output",
+    "representative_tokens",
+]
 
 
 class Merged(NamedTuple):
@@ -148,3 +158,87 @@ def as_reduced(model: nn.Module) -> ReducedModel:
         return model
     with torch.no_grad():
         return convert(model, "tome", compression_ratio=1.0)
+
+
+@torch.no_grad()
+def masks_on_images(model: ReducedModel, x: Tensor) -> MergeMasks:
+    """``model.forward_masks``, with masks of later stages led back to the whole image.
+
+    There ``accumulated`` is on the map that the stage began with, which stages before may have merged; here on the map
+    that the stage would have begun with had nothing merged, at the resolution of what it is made from.
+    """
+    entered: list[Placement | None] = []
+    current: list[Placement | None] = [None]
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current[0] = args[1] if len(args) > 1 else kwargs.get("placement")
+
+    hooks = [
+        m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules() if isinstance(m, ReducedStage)
+    ]
+    for _, reducer in model.reducers():
+        hooks.append(reducer.register_forward_hook(lambda *_: entered.append(current[0])))
+    try:
+        masks = model.forward_masks(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    accumulated, grids = [], []
+    for weights, grid, placement in zip(masks.accumulated, masks.grids, entered, strict=True):
+        if placement is not None:
+            weights, grid = _led_back(weights, grid, placement), placement.grid
+        accumulated.append(weights)
+        grids.append(grid)
+    return masks._replace(accumulated=accumulated, grids=grids)
+
+
+def _led_back(weights: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
+    """Weights (B, h w, P) of tokens that H' W' merged ones became, as those (B, H W, P) of the H W put back."""
+    H_, W_ = placement.merged
+    own = torch.eye(H_ * W_, dtype=weights.dtype, device=weights.device).view(1, H_, W_, -1)
+    shares = (
+        placement.unmerge(own.expand(len(weights), -1, -1, -1)).flatten(1, 2).unflatten(2, (H_, W_))
+    )  # B (H W) H' W'
+    rows, columns = (
+        one_hot(torch.arange(n, device=weights.device) * m // n, m, weights.dtype)
+        for n, m in zip(placement.merged, grid, strict=True)
+    )
+    shares = torch.einsum("bnij,iu,jv->bnuv", shares, rows, columns).flatten(2)  # B (H W) (h w)
+    return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12) @ weights
+
+
+def representative_tokens(model: ReducedModel, x: Tensor, layer: int = 0) -> Tensor:
+    """(B,) the merged token of a block that speaks most for the class which the model sees in each image.
+
+    The paper leaves open which one it shows in Figure 5. Here the one whose features times the gradient of the largest
+    logit are largest, of those that stand for more than one input token; of a model without a head, the largest.
+
+    Args:
+        model: Merging or not at the moment; it merges here.
+        x: Images (B, C, H, W).
+        layer: Which of the blocks that merge.
+    """
+    reducers, seen = [reducer for _, reducer in model.reducers()], {}
+
+    def keep(reducer: Reducer, args: tuple[Any, ...], output: tuple[Tensor, Tokens]) -> tuple[Tensor, Tokens]:
+        z, seen["tokens"] = output
+        seen["z"] = z.detach().requires_grad_()
+        return seen["z"], output[1]
+
+    forced, hook = model._forced, reducers[layer].register_forward_hook(keep)
+    try:
+        with torch.enable_grad(), evaluating(model):
+            model.set_merging(True)
+            logits = model(x)
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            size, P = seen["tokens"].size, seen["tokens"].size.shape[1]
+            if not model.num_classes:
+                return size.argmax(dim=1)
+            (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), seen["z"])
+    finally:
+        model.set_merging(forced)
+        hook.remove()
+    worth = (seen["z"] * gradient).sum(dim=2)[:, -P:]  # (B parts) P
+    worth = worth.detach().reshape(len(x), -1, P).sum(dim=1)
+    several = size > 1.5
+    return torch.where(several | ~several.any(dim=1, keepdim=True), worth, -torch.inf).argmax(dim=1)
