@@ -209,7 +209,7 @@ class ModelContract(ExportContract):
 
     @pytest.mark.parametrize("training", [False, True])
     def test_merged_tokens_are_put_back(self, method, training, x):
-        """A token has the value of its slots; sizes add up; their weighted mean is that of the tokens put back."""
+        """Sizes add up, and their weighted mean is that of slots put back; in sequences, in front of the norm."""
         model = self.build(method).train(training)
         merged, where = model.forward_merged(x)
         features = model.forward_features(x)
@@ -220,9 +220,13 @@ class ModelContract(ExportContract):
             assert_close(where.mean(merged), features.mean(dim=(1, 2)))
             return
         prefix = model.num_prefix_tokens
-        tokens, slots = features[:, prefix:], merged[:, prefix:]
-        assert slots.shape[1] < tokens.shape[1]
+        assert features.shape[1] > merged.shape[1]
         assert_close(merged[:, :prefix], features[:, :prefix])
+        # a sum of what blocks add, so that putting back goes before the norm
+        x, kept = model.forward_blocks(x, keep=True)
+        assert_close(model.norm(kept.put_back(x, prefix)), features)
+        assert_close(model.norm(x), merged)
+        tokens, slots = where.unmerge(merged, prefix)[:, prefix:], merged[:, prefix:]
         assert_close(where.size.sum(dim=1), torch.full((3,), float(tokens.shape[1])))
         assert_close(where.mean(merged, prefix).squeeze(1), tokens.mean(dim=1))
         if METHODS[method].anchored:

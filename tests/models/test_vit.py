@@ -21,6 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*trains without a refresh")
 TINY = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
+def put_back_in_front_of_mlp(model, x, block):
+    """Tokens (B, N, D) behind a block's merge and in front of its MLP, put back: as if the MLP added nothing."""
+    last = model.blocks[block].mlp.fc2
+    weight, bias = last.weight.detach().clone(), last.bias.detach().clone()
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.zero_()
+        (found,) = model.forward_intermediates(x, [block], output_fmt="NLC", intermediates_only=True)
+        last.weight.copy_(weight), last.bias.copy_(bias)
+    return found
+
+
 class TestViT(ModelContract):
     name = "test_vit"
     others: ClassVar = ("tofu", "patch_merger")
@@ -57,17 +68,23 @@ class TestViT(ModelContract):
             model.forward_intermediates(x, output_fmt="NHWC")
 
     def test_intermediates_lie_where_their_tokens_came_from(self):
-        """Behind each block the slots as the masks tell: of hard ones, a token has the value of the slot it is in."""
+        """Behind each block: of hard masks, the tokens of a slot have gained the same since they merged."""
         model, x = self.build(compression_ratio=[1.0, 0.5, 1.0, 0.5, 1.0, 0.5]), self.images()
         maps = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
-        masks, before = model.forward_masks(x), 16
+        masks, gains, before = model.forward_masks(x), [], 16
         for block, accumulated in zip(masks.blocks, masks.accumulated, strict=True):
-            for one_map, whole in zip(maps[block], accumulated, strict=True):
-                slots = whole.argmax(dim=1)  # B N P, each token in one slot
-                values = torch.stack([one_map[slots == p][0] for p in range(whole.shape[1])])
-                assert_close(one_map, values[slots])
-                assert len(values.unique(dim=0)) == whole.shape[1] < before
-            before = whole.shape[1]
+            hook = model.blocks[block].mlp.register_forward_hook(lambda _, args, y: gains.append(y[:, 1:]))  # B P D
+            model(x)
+            hook.remove()
+            slot_gain = gains.pop()
+            (behind,) = model.forward_intermediates(x, [block], output_fmt="NLC", intermediates_only=True)
+            assert_close(behind, maps[block])
+            in_front = put_back_in_front_of_mlp(model, x, block)
+            slots = accumulated.argmax(dim=2)  # B N, each token in one slot
+            gain = behind - in_front
+            assert_close(gain, torch.stack([g[s] for g, s in zip(slot_gain, slots, strict=True)]))
+            assert accumulated.shape[2] < before
+            before = accumulated.shape[2]
 
     def test_merged_tokens_are_the_masks_means(self):
         model, x = self.build(depth=1), self.images()

@@ -197,6 +197,26 @@ def test_tokens_put_back_through_several_masks():
     assert (bias[..., 0] == 0).all()
 
 
+@pytest.mark.parametrize("kinds", [("hard", "soft"), ("soft", "hard")])
+def test_tokens_are_put_back_with_what_was_their_own(kinds):
+    """In front of the first merge plus what is gained by slots between and behind, by explicit sums."""
+    masks = [build(kinds[0], 2, 12, 8, seed=1)[0], build(kinds[1], 2, 8, 5, seed=2)[0]]
+    start = torch.randn(2, 1 + 12, D, dtype=torch.float64)
+    tokens, x, stages = initial_tokens(start, 1, (3, 4))._replace(kept=()), start, []
+    for mask in masks:
+        merged = mask.merge(x, 1)
+        tokens = tokens._replace(masks=(*tokens.masks, mask), kept=(*tokens.kept, (x[:, 1:], merged[:, 1:])))
+        x = merged + torch.randn_like(merged)
+        stages.append((x - merged)[:, 1:])
+    back = tokens.put_back(x, 1)
+    assert torch.equal(back[:, :1], x[:, :1])
+    first, second = (mask.destinations() for mask in masks)
+    expected = start[:, 1:] + first @ stages[0] + first @ second @ stages[1]
+    torch.testing.assert_close(back[:, 1:], expected)
+    copies = tokens._replace(kept=None).put_back(x, 1)
+    assert torch.equal(copies, tokens.unmerge(x, 1))
+
+
 def test_cells_and_lookups():
     assert grid_cells(3, 5, 2).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     tokens = initial_tokens(torch.zeros(1, 3, D), 0, (2, 2), kept=torch.tensor([[0, 1, 3]]))

@@ -114,6 +114,7 @@ class ThresholdMask(NamedTuple):
     weight: Tensor
     merged: Tensor
     linear = True
+    keeps_own = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B, num_prefix + N, D) -> (B, num_prefix + P, D), the prefix passed through."""
@@ -216,20 +217,20 @@ class LTMP(Reducer):
         index = torch.arange(N, device=unit.device).expand(B, -1)
 
         # Merging: of the tokens that are there, those in even places with those in odd ones
-        there = before > 0
+        there = before > 0.5
         odd = there & (there.cumsum(dim=1) % 2 == 0)  # the first is counted 1, and in an even place
         similarity = unit @ unit.transpose(1, 2)  # B N N
         best, partner = similarity.masked_fill(~odd.unsqueeze(1), -4.0).max(dim=2)
         can_go = there & ~odd & odd.any(dim=1, keepdim=True)
         kept = torch.where(can_go, self._keeps(at_least_float32(self.merge_threshold) - best), 1.0)
-        goes = kept == 0
+        goes = kept < 0.5
         left = there & ~goes
 
         # Pruning
         top = index == attention.masked_fill(~left, -1.0).argmax(dim=1, keepdim=True)
         enough = self._keeps(attention - at_least_float32(self.prune_thousandths) / 1000.0)
         after = before * kept * torch.where(left & ~top, enough, 1.0)
-        stays = after > 0
+        stays = after > 0.5
         self._count(before, after, tokens.size.sum(dim=1))
 
         # Averages, and where everything is put back from
@@ -238,7 +239,7 @@ class LTMP(Reducer):
         nearest = similarity.masked_fill(~stays.unsqueeze(1), -4.0).argmax(dim=2)
         back = torch.where(left & ~stays, nearest, index).gather(1, torch.where(goes, partner, index))
         size = (tokens.size.unsqueeze(1) @ one_hot(back, N, merged.dtype)).squeeze(1)
-        own = torch.where(goes, 1.0, merged / total)
+        own = torch.where(stays, merged / total, 1.0)
         rest = torch.where(goes, merged / total.gather(1, partner), 0.0)
         weight = total.detach() * after
         if self.training:  # where no attention follows, thresholds have gradients too, of zero

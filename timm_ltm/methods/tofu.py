@@ -63,6 +63,7 @@ class MLERPMask(NamedTuple):
 
     hard: HardMask
     linear = False
+    keeps_own = True
 
     @property
     def size(self) -> Tensor:

@@ -57,5 +57,5 @@ class ReducedBeit(SequenceModel, Beit):
         return self._keep_parameters_in_graph(Beit.forward_features(self, x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """timm's. What the head does not read is not put back, and a mean is weighted by size instead."""
+        """timm's. What the head does not read is not put back."""
         return super().forward(x) if self.merging else Beit.forward(self, x)

@@ -116,10 +116,17 @@ class SequenceModel(ReducedModel):
         """(H, W) of the patches of images x."""
         return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
 
-    def forward_blocks(self, x: Tensor, observe: bool = False) -> tuple[Tensor, Tokens]:
-        """Merged features (B, prefix + P, D) behind the last block, before the norm, and tokens."""
+    def forward_blocks(self, x: Tensor, observe: bool = False, keep: bool = False) -> tuple[Tensor, Tokens]:
+        """Merged features (B, prefix + P, D) behind the last block, before the norm, and tokens.
+
+        Args:
+            x: Images.
+            observe: Merge nothing, only let reducers look (warm-up).
+            keep: Keep what putting back needs.
+        """
         self._check_tended()
         x, tokens, arguments = self.embed(x)
+        tokens = tokens._replace(kept=() if keep else None)
         for block, given in zip(self.blocks, arguments, strict=True):
             x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe, **given)
         return x, tokens
@@ -128,26 +135,24 @@ class SequenceModel(ReducedModel):
         """timm's: tokens that were merged are put back where they came from."""
         if self.merging:
             no_attention_mask(attn_mask, is_causal)
-            x, tokens = self.forward_blocks(x)
-            return _put_back(tokens, self.norm(x), self.num_prefix_tokens)
+            x, tokens = self.forward_blocks(x, keep=True)
+            return self.norm(_put_back(tokens, x, self.num_prefix_tokens))
         if self._observes() and attn_mask is None and not is_causal:
             return self._keep_parameters_in_graph(self.norm(self.forward_blocks(x, observe=True)[0]))
         x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         return self._keep_parameters_in_graph(x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's. What the head does not read is not put back, and a mean is weighted by size instead."""
+        """timm's. What the head does not read is not put back."""
         if not self.merging:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         no_attention_mask(attn_mask, is_causal)
-        x, tokens = self.forward_blocks(x)
-        x, prefix = self.norm(x), self.num_prefix_tokens
-        pools = getattr(self, "attn_pool", None) is None and not getattr(self, "pool_include_prefix", False)
-        if pools and self.global_pool == "avg":
-            x = torch.cat((x[:, :prefix], _mean(tokens, x, prefix)), dim=1)  # whose mean is that of the tokens put back
-        elif not pools or self.global_pool != "token":
-            x = _put_back(tokens, x, prefix)
-        return self.forward_head(x)
+        reads_all = getattr(self, "attn_pool", None) is not None or getattr(self, "pool_include_prefix", False)
+        reads_all = reads_all or self.global_pool != "token"
+        x, tokens = self.forward_blocks(x, keep=reads_all)
+        if reads_all:
+            x = _put_back(tokens, x, self.num_prefix_tokens)
+        return self.forward_head(self.norm(x))
 
     def forward_merged(self, x: Tensor) -> tuple[Tensor, Tokens]:
         """Merged tokens as they are, for what wants few: features (B, prefix + P, D), normalised as timm's, and tokens.
@@ -185,15 +190,17 @@ class SequenceModel(ReducedModel):
         grid, prefix = self.grid_of(x), self.num_prefix_tokens
         self._check_tended()
         x, tokens, arguments = self.embed(x)
+        tokens = tokens._replace(kept=())
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe, **arguments[i])
             if i in taken:
-                y = _put_back(tokens, self.norm(x) if norm else x, prefix)
+                y = _put_back(tokens, x, prefix)
+                y = self.norm(y) if norm else y
                 prefixes.append(y[:, :prefix])
                 y = y[:, prefix:]
                 maps.append(y if output_fmt == "NLC" else y.transpose(1, 2).unflatten(2, grid).contiguous())
-        final = None if intermediates_only else _put_back(tokens, self.norm(x), prefix)
+        final = None if intermediates_only else self.norm(_put_back(tokens, x, prefix))
         if kwargs.get("output_dict"):
             result: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and prefix:
@@ -206,9 +213,4 @@ class SequenceModel(ReducedModel):
 
 @torch.fx.wrap
 def _put_back(tokens: Tokens, x: Tensor, prefix: int) -> Tensor:
-    return tokens.unmerge(x, prefix)
-
-
-@torch.fx.wrap
-def _mean(tokens: Tokens, x: Tensor, prefix: int) -> Tensor:
-    return tokens.mean(x, prefix)
+    return tokens.put_back(x, prefix)

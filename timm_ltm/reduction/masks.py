@@ -24,10 +24,12 @@ class Mask(Protocol):
     Attributes:
         size: (B, P) how many input tokens each slot stands for.
         linear: Merging is a product with G, so that vectors of several tokens may be merged as one.
+        keeps_own: A slot is for few tokens that resemble each other, each of which is put back with what was its own.
     """
 
     size: Tensor
     linear: bool
+    keeps_own: bool
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -62,6 +64,7 @@ class HardMask(NamedTuple):
     rest: Tensor | None
     size: Tensor
     linear = True
+    keeps_own = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -113,6 +116,7 @@ class SoftMask(NamedTuple):
     rest: Tensor
     size: Tensor
     linear = True
+    keeps_own = True
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -153,6 +157,7 @@ class DenseMask(NamedTuple):
     size: Tensor
     grid: tuple[int, int] | None = None
     linear = True
+    keeps_own = False
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
@@ -192,6 +197,7 @@ class GridMask(NamedTuple):
     start: tuple[int, int]
     grid: tuple[int, int]
     size: Tensor
+    keeps_own = True
 
     @property
     def linear(self) -> bool:

@@ -220,6 +220,9 @@ class Reducer(nn.Module):
                 return z, tokens._replace(carried=self.observe(z[:, num_prefix:], tokens, seen))
         mask = self.mask(z[:, num_prefix:], tokens, seen)
         grid, weight = getattr(mask, "grid", None), getattr(mask, "weight", None)
+        merged, kept = mask.merge(z, num_prefix, self.site.parts), tokens.kept
+        if kept is not None:
+            kept = (*kept, (z[:, num_prefix:], merged[:, num_prefix:]))
         after = Tokens(
             mask.size,
             tokens.anchor.gather(1, mask.anchors()),
@@ -228,8 +231,9 @@ class Reducer(nn.Module):
             (*tokens.masks, mask),
             self.carry(z[:, num_prefix:], tokens, mask),
             weight,
+            kept,
         )
-        return mask.merge(z, num_prefix, self.site.parts), after
+        return merged, after
 
     def reset_classes(self, num_classes: int) -> None:
         """A new head: what is tied to the old classes is forgotten."""
