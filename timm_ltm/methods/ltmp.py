@@ -239,7 +239,7 @@ class LTMP(Reducer):
         nearest = similarity.masked_fill(~stays.unsqueeze(1), -4.0).argmax(dim=2)
         back = torch.where(left & ~stays, nearest, index).gather(1, torch.where(goes, partner, index))
         size = (tokens.size.unsqueeze(1) @ one_hot(back, N, merged.dtype)).squeeze(1)
-        own = torch.where(stays, merged / total, 1.0)
+        own = torch.where(goes, 1.0, merged / total)
         rest = torch.where(goes, merged / total.gather(1, partner), 0.0)
         weight = total.detach() * after
         if self.training:  # where no attention follows, thresholds have gradients too, of zero
@@ -250,9 +250,10 @@ class LTMP(Reducer):
         # Dropping: slots in token order
         place = (stays.cumsum(dim=1) - 1).clamp_min(0)
         goes = goes & stays.gather(1, partner)  # what a pruned token was made of is not needed
+        own, rest = torch.where(stays, own, 1.0), torch.where(goes, rest, 0.0)
         index, goes = _first(stays), _first(goes)
         own, size, weight, total = (t.gather(1, index) for t in (own, size, weight, total))
-        rest = torch.where(stays.gather(1, partner), rest, 0.0).gather(1, goes)
+        rest = rest.gather(1, goes)
         to = place.gather(1, partner.gather(1, goes))
         return ThresholdMask(index, own, goes, to, rest, place.gather(1, back), size, weight, total)
 
