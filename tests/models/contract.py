@@ -48,6 +48,7 @@ class ModelContract(ExportContract):
         methods: That fit.
         others: Further ones, tested of two kinds by default.
         merging: Settings of all methods: models have to merge at ``size``.
+        nothing: Settings with which no block merges.
         learning: Settings of LTM where destinations are not so sharp that their gradients vanish.
         pools: Kinds of global pooling.
         formats: Of intermediates.
@@ -64,6 +65,7 @@ class ModelContract(ExportContract):
     methods: ClassVar = ("ltm", "tome")
     others: ClassVar = ()
     merging: ClassVar = {"compression_ratio": 0.75}
+    nothing: ClassVar = {"compression_ratio": 1.0}
     learning: ClassVar = {"beta": 20.0}
     pools: ClassVar = ("", "avg")
     formats: ClassVar = ("NCHW", "NLC")
@@ -114,7 +116,7 @@ class ModelContract(ExportContract):
     def test_without_merging_it_is_the_plain_model(self, kind, method, off, x):
         """Bit for bit, with dropout and gradients in training."""
         model, plain = self.pair(
-            method, **{**self.dropout, **self.kinds[kind], **({"compression_ratio": 1.0} if off == "ratio" else {})}
+            method, **{**self.dropout, **self.kinds[kind], **(self.nothing if off == "ratio" else {})}
         )
         model.set_merging(False if off == "set_merging" else None)
         for training in (False, True):

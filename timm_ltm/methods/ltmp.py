@@ -218,7 +218,7 @@ class LTMP(Reducer):
 
         # Merging: of the tokens that are there, those in even places with those in odd ones
         there = before > 0.5
-        odd = there & (there.cumsum(dim=1) % 2 == 0)  # the first is counted 1, and in an even place
+        odd = there & (there.long().cumsum(dim=1) % 2 == 0)  # the first is counted 1, and in an even place
         similarity = unit @ unit.transpose(1, 2)  # B N N
         best, partner = similarity.masked_fill(~odd.unsqueeze(1), -4.0).max(dim=2)
         can_go = there & ~odd & odd.any(dim=1, keepdim=True)
