@@ -31,6 +31,7 @@ FAMILIES = {
     ),
     "ltm_efficientvit_b0": dict(compression_ratio=[0.6, 1.0, 1.0, 1.0], num_clusters=8),
     "tome_vit_test": dict(img_size=[32, 32], r=[0, 5, 0, 7, 0, 0]),
+    "ltmp_vit_test": dict(img_size=[32, 32], gmacs=0.6),
     "patch_merger_vit_test": dict(img_size=[32, 32], num_slots=[0, 2, 0, 0, 0, 0]),
 }
 
@@ -75,7 +76,7 @@ print(json.dumps(results))
             assert set(files) == {"config.json", "model.safetensors", "README.md"}, "no pickle"
             assert json.loads(files["config.json"])["architecture"] == name
             weights = safetensors.torch.load(files["model.safetensors"])
-            assert any("clusters.centroids" in key for key in weights) == name.startswith("ltm")
+            assert any("clusters.centroids" in key for key in weights) == name.startswith("ltm_")
         loaded = run(
             hub, tmp_path / "two",
             """

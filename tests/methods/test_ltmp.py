@@ -438,11 +438,12 @@ def test_it_fits_no_map():
 
 def test_files(tmp_path):
     """Thresholds and the target travel in the state dict, and in timm's Hub layout."""
-    model, x = merging(gmacs=0.55, budget_weight=3.0), images()
+    model, x = merging(gmacs=0.55, budget_weight=3.0, freeze=True), images()
     other = timm_ltm.convert(plain("plain"), "ltmp")
     other.load_state_dict(model.state_dict())
     assert (other.config.gmacs, other.config.budget_weight) == (0.55, 3.0)
     assert torch.equal(other(x), model(x))
+    assert all(p.requires_grad for p in other.parameters()), "freezing is no property of the weights"
     with pytest.warns(UserWarning, match="gmacs 0.7 here, 0.55 there"):
         timm_ltm.convert(plain("plain"), "ltmp", gmacs=0.7).load_state_dict(model.state_dict())
     saved = timm.create_model("ltmp_vit_tiny_patch16_224", gmacs=0.55, **TINY).eval()

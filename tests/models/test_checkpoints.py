@@ -50,6 +50,7 @@ def _loud():
         ("patch_merger", {"num_slots": [0, 7, 0, 3, 0, 0]}),
         ("patch_merger", {"compression_ratio": RATIOS}),
         ("patch_merger", {"gmacs": 0.8}),
+        ("ltmp", {"gmacs": 0.6, "budget_weight": 1.0, "merge_warmup_epochs": 1}),
     ],
     ids=str,
 )

@@ -62,11 +62,12 @@ class LTMPConfig(Config):
             :func:`calibrate` lets it. 1.0 means no thresholds.
         budget_weight: lambda, of the budget in the training loss.
         freeze: Everything but the thresholds is frozen, as in the paper: of a converted model also the given one's
-            parameters, which it shares.
+            parameters, which it shares. Checkpoints do not carry this.
     """
 
     budget_weight: float = 10.0
     freeze: bool = False
+    unsaved: ClassVar[tuple[str, ...]] = ("freeze",)
     trains_budget: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -95,6 +95,7 @@ class Config:
     merge_warmup_epochs: int = 0
     scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio", "gmacs")  # what says how much each block merges
     of_weighing: ClassVar[tuple[str, ...]] = ()  # without effect where attention cannot be in proportion to sizes
+    unsaved: ClassVar[tuple[str, ...]] = ()  # of a training, and not of the model: checkpoints do not carry them
     trains_budget: ClassVar[bool] = False  # gmacs is what training aims at, and amounts reads it: no ratios are found
 
     def __post_init__(self) -> None:
