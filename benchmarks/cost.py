@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import random
-import statistics
-import time
+import functools
 from dataclasses import dataclass
 
 import timm
@@ -23,11 +21,11 @@ from tqdm import tqdm
 
 import timm_ltm
 from timm_ltm.cost import gmacs
+from timm_ltm.speed import latencies
 
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
 MODELS += ["swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224"]
 MODELS += ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "efficientvit_b1.r224_in1k", "efficientvit_b1.r288_in1k"]
-WARMUP = 2
 
 
 @dataclass
@@ -61,25 +59,11 @@ def entries(name: str, merges: list[str], dd: dict[str, object]) -> list[Entry]:
 def measure(found: list[Entry], x: Tensor, rounds: int, compiled: bool = False, seed: int = 0) -> None:
     """Set each entry's latency: its median over ``rounds`` forward passes of x (B, C, H, W), after warm-up."""
     torch._dynamo.reset()  # its limit of recompilations is per function, which all models of a family share
-    models = [torch.compile(entry.model, dynamic=False) if compiled else entry.model for entry in found]
-    times: list[list[float]] = [[] for _ in found]
-    order, rng = list(range(len(found))), random.Random(seed)
-
-    def wait() -> None:
-        if x.device.type != "cpu":
-            getattr(torch, x.device.type).synchronize()
-
-    with torch.inference_mode():
-        for _ in tqdm(range(WARMUP + rounds), desc=found[0].name, unit="round", leave=False):
-            rng.shuffle(order)
-            for i in order:
-                wait()
-                start = time.perf_counter()
-                models[i](x)
-                wait()
-                times[i].append(1e3 * (time.perf_counter() - start))
-    for entry, series in zip(found, times, strict=True):
-        entry.latency = statistics.median(series[WARMUP:])
+    models = {e.name: torch.compile(e.model, dynamic=False) if compiled else e.model for e in found}
+    bar = functools.partial(tqdm, desc=found[0].name, unit="round", leave=False)
+    times = latencies(models, x, rounds, seed, bar)
+    for entry in found:
+        entry.latency = times[entry.name]
 
 
 def table(found: list[Entry]) -> str:

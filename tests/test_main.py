@@ -1,4 +1,4 @@
-"""``python -m timm_ltm SCRIPT``: any script with the models registered."""
+"""``python -m timm_ltm``: any script with the models registered, and commands, as processes."""
 
 from __future__ import annotations
 
@@ -50,17 +50,21 @@ def test_under_torchrun(script):
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[["a"], 7, True]] * 2
 
 
-def test_help():
-    done = run("--help")
-    assert "path/to/validate.py" in done.stdout + done.stderr
-
-
 def test_a_script_that_is_not_there():
     done = run("nowhere.py")
     assert done.returncode == 1
-    assert "PATH: got 'nowhere.py', expected a python script" in done.stderr
+    assert "PATH: got 'nowhere.py', expected a python script or a command. Commands: list, show," in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_command():
+    """JSON alone on stdout; nothing on stderr, which is no terminal."""
+    done = run("list", "tome_test_vit", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["model"] == "tome_test_vit"
+    assert done.stderr == ""
 
 
 def test_a_scripts_own_error_is_its_own(tmp_path):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
-    assert run(str(tmp_path / "fails.py")).returncode == 3
+    assert run("run", str(tmp_path / "fails.py")).returncode == 3
