@@ -203,7 +203,7 @@ class ClusterRefresh:
         if trains and not features.requires_grad:
             raise ValueError(
                 f"{what}: got features without gradient of {name}, expected some. Leave "
-                "timm.layers.set_reentrant_ckpt at False, or ib_loss_weight at 0."
+                "timm.layers.set_reentrant_ckpt at False."
             )
 
     @torch.no_grad()
