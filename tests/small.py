@@ -24,7 +24,7 @@ def fill(model):
             for buffer in module.buffers():
                 buffer.copy_(torch.randn(buffer.shape, generator=g))
             module.temperature.fill_(module.centroids.shape[1])  # phi neither one-hot nor uniform
-    return model
+    return model.train(model.training)  # which makes it look at its buffers
 
 
 def run_epoch(model, refresh, x, y, batch=64, targets=None, optimizer=None):

@@ -267,6 +267,8 @@ class ReducedModel(Saved):
     def _read_epoch(self) -> None:
         epoch = self.reduction.epoch
         self._epoch = 0 if epoch.is_meta else int(epoch)
+        for _, reducer in self.reducers():
+            reducer.read_state()
         # a plain flag: torch.compile would compile anew for every value of a counter
         after_warmup = self.warmup_left == 0
         reduces = any(amount != 1 for amount in self.block_amounts)

@@ -235,6 +235,9 @@ class Reducer(nn.Module):
         )
         return merged, after
 
+    def read_state(self) -> None:
+        """When the model was loaded, refreshed or changes its mode: what buffers say that forward passes go by."""
+
     def reset_classes(self, num_classes: int) -> None:
         """A new head: what is tied to the old classes is forgotten."""
 

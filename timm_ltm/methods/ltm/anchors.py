@@ -108,9 +108,11 @@ class LTM(Clustered, LineReducer):
 
     Attributes:
         clusters: Of pooled features.
+        updates: There may be some: without, the update is zero and inference leaves it out.
     """
 
     Config = LTMConfig
+    updates = True
 
     def __init__(
         self, site: Site, amount: float, config: LTMConfig, device: Any = None, dtype: torch.dtype | None = None
@@ -141,6 +143,10 @@ class LTM(Clustered, LineReducer):
         nn.init.zeros_(self.mlp.bias)
         self.clusters.reset_parameters()
 
+    def read_state(self) -> None:
+        if self.config.update:
+            self.updates = self.clusters.centroids.is_meta or bool(self.clusters.centroids.any())
+
     @classmethod
     def weighs(cls, config: LTMConfig) -> bool:
         return config.proportional_attention
@@ -164,7 +170,7 @@ class LTM(Clustered, LineReducer):
 
     def advice(self, z: Tensor, tokens: Tokens) -> Tensor | None:
         """Eq. 3 (B, N, c): how the log weight of each token changes in slots of each cell. None without an update."""
-        if not self.config.update:
+        if not self.config.update or not (self.training or self.updates):
             return None
         values = self._values(z)
         # MLP of Eq. 3: two linear layers with a ReLU between, of which the projection is the first
