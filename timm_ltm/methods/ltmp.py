@@ -58,8 +58,9 @@ class LTMPConfig(Config):
 
     Args:
         gmacs: r_target, the share of the plain model's cost that training aims at; 0.8 if not given. Nothing is found
-            from the shapes: before training a model merges what is nearly the same, whatever it says, or what
-            :func:`calibrate` lets it. 1.0 means no thresholds.
+            from the shapes: before training or :func:`calibrate` a model merges tokens whose keys' cosine is above
+            0.9, which in some models are few and in others (DINOv2's, whose keys share a large part) nearly all.
+            1.0 means no thresholds.
         budget_weight: lambda, of the budget in the training loss.
         freeze: Everything but the thresholds is frozen, as in the paper: of a converted model also the given one's
             parameters, which it shares. Checkpoints do not carry this.
@@ -172,7 +173,7 @@ class LTMP(Reducer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Thresholds before training: merging nearly equal tokens, and pruning none."""
+        """Thresholds before training: merging at cosines above 0.9, and no pruning."""
         with torch.no_grad():
             self.merge_threshold.fill_(THRESHOLDS[0])
             self.prune_thousandths.fill_(1000.0 * THRESHOLDS[1])
