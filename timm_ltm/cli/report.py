@@ -194,8 +194,11 @@ def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def _labels(specs: list[str]) -> list[str]:
-    """Checkpoints by the folder they lie in where that tells them apart, by all of it otherwise."""
-    names = [Path(spec).resolve().parent.name if Path(spec).is_file() else Path(spec).name for spec in specs]
+    """Checkpoints of timm's scripts by their run's folder, other files by name, where that tells them apart."""
+    names = []
+    for path in map(Path, specs):
+        of_run = path.is_file() and path.name.startswith(("model_best", "last", "checkpoint-"))
+        names.append(path.resolve().parent.name if of_run else path.stem if path.is_file() else path.name)
     return names if len(set(names)) == len(names) else specs
 
 
