@@ -138,19 +138,19 @@ def test_every_family(name):
             assert s.merged.shape[0] == s.inputs.shape[0] == 2 * s.parts
             assert s.inputs.shape[1] == s.before.size.shape[1]
             assert s.merged.shape[1] == s.after.size.shape[1]
-            left = (
-                s.inputs.shape[1]
-                if block.reducer is None
-                else math.prod(np.atleast_1d(block.reducer.slots(s.before.grid or s.inputs.shape[1])))
-            )
-            assert s.merged.shape[1] == left
+            left = s.before.grid or s.inputs.shape[1]
+            left = left if block.reducer is None else block.reducer.slots(left)
+            assert s.merged.shape[1] == np.prod(left)
             assert s.after.unmerge(s.merged[:: s.parts]).shape[1] == math.prod(s.after.start)
-        features = model.forward_features(x)
-        if features.dim() == 4:
+        if model.maps:
+            features = model.forward_features(x)
             features = features if model.channels_last else features.permute(0, 2, 3, 1)
             assert features.shape[1:3] == grid
             features = features.flatten(1, 2)
-        torch.testing.assert_close(output, features[:, getattr(model, "num_prefix_tokens", 0) :])
+        else:
+            merged, tokens = model.forward_merged(x)
+            features = tokens.unmerge(merged[:, model.num_prefix_tokens :])
+        torch.testing.assert_close(output, features)
 
         model.set_merging(False)
         hidden = []

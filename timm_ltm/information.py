@@ -39,7 +39,7 @@ class Information:
     Attributes:
         block: Its name in the model, ``"model"`` for the whole.
         layer: Its number among the transformer blocks, from 1; None for the whole.
-        tokens: P; of the whole model all tokens of the last grid.
+        tokens: P; of the whole model, whose merged tokens are copied to where they came from, all of the last grid.
         of_inputs: I(X~, X).
         of_labels: I(X~, Y).
         label_entropy: H(Y), which the latter cannot exceed.
@@ -107,7 +107,8 @@ def information(
             that does not shuffle, a list. Images are moved to the model's device; labels are class indices, or (B, K).
         clusters: C, of merged features and of input features alike; the number of classes if not given (Section 3.2).
         cells: Tokens are put back on the grid that their stage began with and averaged over ``cells`` x ``cells`` parts
-            of it, images over 16 x 16. None: all P D numbers of a block's merged tokens in their order, and all pixels, as printed.
+            of it, images over 16 x 16. None: all P D numbers of a block's merged tokens in their order, and all
+            pixels, as printed.
         normalize: Features are scaled to length 1, as the authors' published loss has it; the printed formula does not.
         temperature: T in phi = softmax_a(-|x - C_a|^2 / T), 1 as printed. ``"fit"``: of every clustering the one at
             which the mean entropy of phi is half of its largest value.

@@ -130,9 +130,13 @@ def record_merged(model: ReducedModel, x: Tensor, keep: Callable[[Merged], None]
 
 
 def record_output(model: ReducedModel, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """What leaves the last block, finished for the head: (B, H W, D) put back where it came from, no prefix, and H W.
+    """Merged tokens behind the last block, finished for the head, as copies at the places they stand for: no prefix.
 
-    As the model is, merging or not, through the blocks that :func:`record_merged` watches.
+    As the model is, merging or not, through the blocks that :func:`record_merged` watches. What was a token's own and
+    a model puts back beside is not among what it merged.
+
+    Returns:
+        (B, H W, D), and H W.
     """
     observe = not model.merging
     if not isinstance(model, MapModel):
