@@ -13,6 +13,8 @@ from timm_ltm.pictures.style import COLOURS, HEAT
 
 __all__ = ["heat_over", "home_of", "rebuilt", "sources_over"]
 
+_FINE = 400  # pixels of the shorter side for each of a line's width
+
 
 def home_of(weights: Tensor) -> Tensor:
     """(h w,): the merged token in which each patch's weight (h w, P) is largest among its own."""
@@ -66,10 +68,12 @@ def sources_over(photo: Tensor, weights: Tensor, grid: tuple[int, int], coloured
         coloured: Groups with a colour of their own, which tells parts apart that do not touch.
 
     Returns:
-        (3, H', W'), whole patches of at least the photograph's size.
+        (3, H', W'), whole patches of at least the photograph's size, and fine enough for thin lines.
     """
     _, size = _patches(photo, grid)
-    picture = F.interpolate(photo.unsqueeze(0), size=size, mode="bilinear", align_corners=False)[0]
+    finer = -(-_FINE // min(size))
+    size = size[0] * finer, size[1] * finer
+    picture = F.interpolate(photo.unsqueeze(0), size=size, mode="nearest-exact")[0]
     home = home_of(weights)
     counts = home.bincount(minlength=weights.shape[1])
     picture = 0.75 * picture + 0.25  # lighter, for the lines to be seen
@@ -82,7 +86,7 @@ def sources_over(photo: Tensor, weights: Tensor, grid: tuple[int, int], coloured
     edge = torch.zeros(size)
     edge[:, 1:] += labels[:, 1:] != labels[:, :-1]
     edge[1:] += labels[1:] != labels[:-1]
-    width = max(1, min(size) // 400)
+    width = max(1, min(size) // _FINE)
     wide = F.max_pool2d(edge.clamp_max(1)[None, None], 2 * width - 1, stride=1, padding=width - 1)[0, 0]
     return torch.where(wide > 0, torch.tensor(0.05), picture)
 
