@@ -53,13 +53,15 @@ def test_patches_become_the_means_of_their_groups():
 
 
 def test_lines_lie_between_groups_and_nowhere_else():
-    photo = torch.full((3, 40, 40), 0.5)
-    picture = sources_over(photo, groups(torch.tensor([0, 0, 1, 2])), (2, 2))
-    assert (picture[:, 20, :] < 0.1).all()
-    assert (picture[:, 20:, 20] < 0.1).all()
-    assert (picture[:, :20] > 0.1).all()  # the two above go together
-    upper, left, right = picture[:, 5, 5], picture[:, 30, 5], picture[:, 30, 35]
-    torch.testing.assert_close(upper, picture[:, 5, 35])
+    weights = groups(torch.tensor([0, 0, 1, 2]))
+    picture = sources_over(torch.full((3, 40, 40), 0.5), weights, (2, 2))
+    assert picture.shape == (3, 400, 400)  # of a small image, for lines to be thin
+    assert sources_over(torch.zeros(3, 401, 500), weights, (2, 2)).shape == (3, 402, 500)
+    assert (picture[:, 200, :] < 0.1).all()
+    assert (picture[:, 200:, 200] < 0.1).all()
+    assert (picture[:, :200] > 0.1).all()  # the two above go together
+    upper, left, right = picture[:, 50, 50], picture[:, 300, 50], picture[:, 300, 350]
+    torch.testing.assert_close(upper, picture[:, 50, 350])
     assert not torch.allclose(upper, left)
     torch.testing.assert_close(left, right)  # patches on their own have no colour
 

@@ -68,7 +68,7 @@ def mask_figure(
     ]
     block = masks.blocks[layer] + 1
     titles = (
-        "photograph",
+        "image",
         f"weights of one\nmerged token, block {block}",
         "what goes together,\nthe largest in colour",
     )
@@ -110,7 +110,7 @@ def blocks_figure(
             _show(axis, rebuilt(photo, weights[i].detach().float().cpu(), grid))
         if labels is not None:
             axes[i][0].set_ylabel(labels[i], fontsize=9)
-    axes[0][0].set_title("photograph", fontsize=9)
+    axes[0][0].set_title("image", fontsize=9)
     for axis, block, weights in zip(axes[0][1:], masks.blocks, masks.accumulated, strict=True):
         axis.set_title(f"block {block + 1}, {weights.shape[2]} tokens", fontsize=9)
     return save(figure, path, _dpi(photos))
