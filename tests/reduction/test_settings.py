@@ -92,7 +92,7 @@ def test_presets():
 def test_ratios_of_blocks(given, depths, expected):
     config = find_method("ltm", {"compression_ratio": given})[1]
     assert config.amounts(depths, (0.9, 0.8, 0.7, 0.6)) == expected
-    again = find_method("ltm", config.schedule(expected))[1]
+    again = find_method("ltm", config.setting_of(expected))[1]
     assert again.amounts(depths, ()) == expected
 
 

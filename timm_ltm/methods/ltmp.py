@@ -87,7 +87,7 @@ class LTMPConfig(Config):
         """r_target of every block, which has thresholds unless it is 1."""
         return (TARGET if self.gmacs is None else self.gmacs,) * sum(depths)
 
-    def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
+    def setting_of(self, amounts: Sequence[float]) -> dict[str, Any]:
         return {"gmacs": amounts[0]}
 
 

@@ -73,9 +73,9 @@ class PatchMergerConfig(Config):
         last = min(max(int(blocks * (share - _APART)), 1), max(blocks - 1, 1))
         return (_only(count, blocks, 0.5) for count in range(last, 0, -1))
 
-    def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
+    def setting_of(self, amounts: Sequence[float]) -> dict[str, Any]:
         if self.compression_ratio is not None or self.gmacs is not None:
-            return super().schedule(amounts)
+            return super().setting_of(amounts)
         return {"num_slots": [0 if amount == 1 else int(-amount) for amount in amounts]}
 
 

@@ -46,9 +46,9 @@ class ToMeConfig(Config):
             return super().amounts(depths, default)
         return tuple(-r or 1.0 for r in spread(self.r, depths, "r", "Use 0 for blocks that must not merge."))
 
-    def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
+    def setting_of(self, amounts: Sequence[float]) -> dict[str, Any]:
         if self.r is None:
-            return super().schedule(amounts)
+            return super().setting_of(amounts)
         return {"r": [0 if amount == 1 else int(-amount) for amount in amounts]}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from timm_ltm.models.budget import amounts_within
+from timm_ltm.models.budget import amounts_within, powers
 from timm_ltm.models.saved import Reduction, Saved
 from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method, form_of
 
@@ -201,9 +201,9 @@ class ReducedModel(Saved):
         self._put_reducers(cls, config)
         self._merging = any(amount != 1 for amount in amounts)
 
-    def schedule_for(self, share: float) -> tuple[float, ...]:
-        """Ratios, one per block, whose powers are the schedule that costs this share of the plain model's GMACs."""
-        return self.planned[1]
+    def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
+        """How much blocks merge, the more the larger the strength, to meet a share of the plain model's GMACs."""
+        return powers(self.planned[1] if schedule is None else (0.9,) * sum(self.planned[0]))
 
     def amounts_of(self, config: Config) -> tuple[float, ...]:
         """How much each transformer block merges by these settings, 1.0 for nothing."""

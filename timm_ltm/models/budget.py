@@ -12,18 +12,18 @@ from timm_ltm.reduction import Config, Reducer
 if TYPE_CHECKING:
     from timm_ltm.models.base import ReducedModel
 
-__all__ = ["amounts_within"]
+__all__ = ["amounts_within", "powers", "within"]
 
 _ENOUGH = 0.002  # of the plain model's GMACs: a nearer share is not looked for
-_STEPS = 12
+_STEPS = 16
 
 
 def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, budget: float) -> tuple[float, ...]:
     """The amounts that cost the largest share of the plain model's GMACs not above the budget.
 
-    Those of the method's or the family's schedule for this share, all to one power, which is found by counting a copy
-    of the model on torch's "meta" device: what the method computes and putting back are in it. No image is needed, and
-    no memory.
+    Those of the method's or the family's schedule for this share, as strong as needed, which is found by counting a
+    copy of the model on torch's "meta" device: what the method computes and putting back are in it. No image is needed,
+    and no memory.
 
     Args:
         model: Before its reducers are planted.
@@ -46,9 +46,10 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
         shape.merge_as(cls, config, amounts)
         return gmacs(shape, size) / whole
 
+    patterns = () if config.schedule else tuple(config.patterns(budget, model.planned[0], model.maps))
     least = 1.0
-    for pattern in tuple(config.patterns(budget, model.planned[0], model.maps)) or (model.schedule_for(budget),):
-        amounts, found = _power_within(pattern, budget, share)
+    for path in [powers(pattern) for pattern in patterns] or [model.path_for(budget, config.schedule)]:
+        amounts, found = within(path, budget, share)
         if found <= budget:
             return amounts
         least = min(least, found)
@@ -58,33 +59,43 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
     )
 
 
-def _power_within(
-    pattern: tuple[float, ...], budget: float, share: Callable[[tuple[float, ...]], float]
+def powers(ratios: tuple[float, ...]) -> Callable[[float], tuple[float, ...]]:
+    """Ratios to a power, the strength."""
+    return lambda strength: tuple(max(ratio**strength, 1e-3) for ratio in ratios)
+
+
+def within(
+    path: Callable[[float], tuple[float, ...]], budget: float, share: Callable[[tuple[float, ...]], float]
 ) -> tuple[tuple[float, ...], float]:
-    """The power of a pattern of ratios that costs most within the budget, and its share; the least one if none does."""
+    """What costs most within the budget, of a path of amounts along a strength 0, ...; and its share.
 
-    def amounts(power: float) -> tuple[float, ...]:
-        return tuple(max(ratio**power, 1e-3) for ratio in pattern)
+    Args:
+        path: Amounts, one per block, which merge the more the larger the strength.
+        budget: A share of the plain model's GMACs.
+        share: What amounts cost.
 
-    low, of_low, high = 0.0, 1.0, 1.0  # powers, and the first's share: above the budget and not above it
-    of_high = share(amounts(high))
+    Returns:
+        Amounts and their share; where no strength meets the budget, those of the largest.
+    """
+    low, of_low, high = 0.0, 1.0, 1.0  # strengths, and the first's share: above the budget and not above it
+    of_high = share(path(high))
     while of_high > budget:
-        if amounts(2.0 * high) == amounts(high):
-            return amounts(high), of_high
+        if path(2.0 * high) == path(high):
+            return path(high), of_high
         low, of_low, high = high, of_high, 2.0 * high
-        of_high = share(amounts(high))
+        of_high = share(path(high))
     for step in range(_STEPS):
-        if budget - of_high <= _ENOUGH:
+        if budget - of_high <= _ENOUGH or path(low) == path(high):
             break
         # a straight line between the two tells where to look, every third time the middle
         at = (of_low - budget) / (of_low - of_high) if step % 3 != 2 and of_low > of_high else 0.5
         middle = low + min(max(at, 0.1), 0.9) * (high - low)
-        found = share(amounts(middle))
+        found = share(path(middle))
         if found <= budget:
             high, of_high = middle, found
         else:
             low, of_low = middle, found
-    return amounts(high), of_high
+    return path(high), of_high
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -61,7 +61,7 @@ class Saved(nn.Module):
     def _settings(self, config: Config | None = None) -> dict[str, Any]:
         """All settings as JSON has them, the schedule with one entry per block."""
         config = self.config if config is None else config
-        settings = {**dataclasses.asdict(config), **config.schedule(self.amounts_of(config))}
+        settings = {**dataclasses.asdict(config), **config.setting_of(self.amounts_of(config))}
         return json.loads(json.dumps({name: value for name, value in settings.items() if name not in config.unsaved}))
 
     def _take_over(self, state_dict: dict[str, Any], prefix: str) -> None:

@@ -1,5 +1,6 @@
 """What reducing models share whose tokens are a sequence: ViT, EVA, BEiT."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import run_block
 from timm_ltm.reduction import Reducer, Seen, Tokens
 
-__all__ = ["SequenceModel", "every_second_block"]
+__all__ = ["SequenceModel"]
 
 # timm's function is a leaf of FX graphs where timm's own forward pass is traced, but not where ours calls it. What is
 # written is FX's table of leaves, which goes by the module that calls wrap; timm's modules are not
@@ -33,15 +34,41 @@ def no_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-def every_second_block(depth: int, left: float, first: int | None = None) -> tuple[float, ...]:
-    """Ratios that merge in every second block from ``first`` on, the same share each, ``left`` of the tokens at last.
+def late_blocks(depth: int, tokens: int, first: int) -> Callable[[float], tuple[float, ...]]:
+    """Merges in every second block from ``first`` on, as many tokens in each, and half of what is left in the last.
 
-    Behind the first third, if not told otherwise: on a real ViT-S/14 nearer to the plain model's tokens, at 0.80 of its
-    GMACs, than merging in every block, with a third of the merges, each of which has a fixed cost.
+    Args:
+        depth: Of the model.
+        tokens: N at the model's input size.
+        first: The first block that merges.
+
+    Returns:
+        Ratios by strength, the share of the N tokens that go in front of the last block.
     """
-    first = depth // 3 if first is None else first
-    merges = len(range(first, depth, 2))
-    return tuple(left ** (1 / merges) if i >= first and (i - first) % 2 == 0 else 1.0 for i in range(depth))
+
+    def ratios(strength: float) -> tuple[float, ...]:
+        merging, left = range(first, depth - 1, 2), []
+        for block in range(depth - 1):
+            behind = sum(i <= block for i in merging)
+            left.append(max(tokens - int(strength * tokens * behind / max(len(merging), 1)), 1))
+        left.append(math.ceil(left[-1] * max(0.5, 1.0 - 4.0 * strength)) if left else tokens)
+        return _ratios(tokens, left)
+
+    return ratios
+
+
+def same_number(depth: int, tokens: int) -> Callable[[float], tuple[float, ...]]:
+    """Ratios that merge as many tokens in each block, by strength, the share of the N tokens that go in all."""
+
+    def ratios(strength: float) -> tuple[float, ...]:
+        return _ratios(tokens, [max(tokens - int(strength * tokens * i / depth), 1) for i in range(1, depth + 1)])
+
+    return ratios
+
+
+def _ratios(tokens: int, left: list[int]) -> tuple[float, ...]:
+    """Of N tokens and the numbers that blocks leave."""
+    return tuple(1.0 if n == m else m / n for n, m in zip([tokens, *left], left, strict=False))
 
 
 class SequenceModel(ReducedModel):
@@ -53,6 +80,7 @@ class SequenceModel(ReducedModel):
     block_class: type[nn.Module]
     plain_block: type[nn.Module]
     rotates: bool = False
+    default: tuple[float, float] = 0.8, 0.5  # without a budget: this share's schedule, and its strength
     gives = frozenset(Seen._fields)
 
     @classmethod
@@ -88,16 +116,18 @@ class SequenceModel(ReducedModel):
         return [len(self.blocks)]
 
     def default_ratios(self) -> tuple[float, ...]:
-        return every_second_block(len(self.blocks), 0.51)  # 0.80 of the GMACs of a ViT-S
+        share, strength = self.default
+        return self.path_for(share, None)(strength)
 
-    def schedule_for(self, share: float) -> tuple[float, ...]:
-        """The smaller the budget, the earlier it begins: at 0.80, 0.65 and 0.50 behind a third, a quarter, a twelfth.
+    def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
+        """The smaller the budget, the earlier it begins: at 0.80 behind a third of the blocks, at 0.6 in the first.
 
-        These were the best of those tried on a real ViT-S/14.
+        These were the best of those tried on a real ViT-S/14, with few merges, each of which has a fixed cost.
         """
-        depth = sum(self.planned[0])
-        first = round(depth * (share - 0.39) * 5 / 6)
-        return every_second_block(depth, 0.5, min(max(first, 0), depth - 1))
+        depth, tokens = len(self.blocks), self.patch_embed.num_patches
+        if schedule == "flat":
+            return same_number(depth, tokens)
+        return late_blocks(depth, tokens, min(max(round(depth * (share - 0.6) * 5 / 3), 0), max(depth - 2, 0)))
 
     def adopt(self) -> None:
         for block in self.blocks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_ltm.models.attention import attend
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.sequence import SequenceModel, every_second_block
+from timm_ltm.models.sequence import SequenceModel
 from timm_ltm.reduction import Seen, Tokens, initial_tokens
 
 __all__ = ["ReducedViT", "ReducedViTBlock", "ReducedViTDistilled"]
@@ -47,9 +47,10 @@ class ReducedViT(SequenceModel, VisionTransformer):
 
     block_class, plain_block = ReducedViTBlock, Block
 
-    def default_ratios(self) -> tuple[float, ...]:
+    @property
+    def default(self) -> tuple[float, float]:
         # ViT-B at the larger budget of the paper's Table 2, 12.85 GFLOPs
-        return every_second_block(len(self.blocks), 0.375) if self.embed_dim == 768 else super().default_ratios()
+        return (0.73, 0.56) if self.embed_dim == 768 else SequenceModel.default
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tokens, list[Any]]:
         grid = self.grid_of(x)

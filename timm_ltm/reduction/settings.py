@@ -73,6 +73,9 @@ def num_slots(num_tokens: int, ratio: float) -> int:
     return (num_tokens * share + whole - 1 - 1000) // whole
 
 
+SCHEDULES = ("flat",)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of every method. A method's own are fields of a subclass.
@@ -84,6 +87,8 @@ class Config:
             own schedule.
         gmacs: In place of ratios, the share of the plain model's GMACs that the merging one may cost. The ratios that
             meet it are found from the shapes, and saved as ``compression_ratio``.
+        schedule: Which blocks merge how much within ``gmacs``: ``"flat"``, the same number of tokens in every block (of
+            maps, the same share), as in ToMe's paper. None: the best that was found for the family and this share.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
 
     Raises:
@@ -92,6 +97,7 @@ class Config:
 
     compression_ratio: float | Sequence[float] | None = None
     gmacs: float | None = None
+    schedule: str | None = None
     merge_warmup_epochs: int = 0
     scheduled: ClassVar[tuple[str, ...]] = ("compression_ratio", "gmacs")  # what says how much each block merges
     of_weighing: ClassVar[tuple[str, ...]] = ()  # without effect where attention cannot be in proportion to sizes
@@ -106,6 +112,10 @@ class Config:
             self._set("compression_ratio", checked if several else checked[0])
         if self.gmacs is not None:
             self._set("gmacs", check_number("gmacs", self.gmacs, 0.0, 1.0))
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise setting_error("schedule", self.schedule, f"one of {SCHEDULES}", "Leave it out for the best found.")
+        if self.schedule is not None and self.gmacs is None:
+            raise setting_error("schedule", self.schedule, "none without gmacs", "Give the share that it may cost.")
         self._set("merge_warmup_epochs", check_whole("merge_warmup_epochs", self.merge_warmup_epochs, 0))
         given = [name for name in self.scheduled if getattr(self, name) is not None]
         if len(given) > 1:
@@ -156,9 +166,9 @@ class Config:
         ratios = self.default_ratios(depths, maps)
         return () if ratios is None else (ratios,)
 
-    def schedule(self, amounts: Sequence[float]) -> dict[str, Any]:
+    def setting_of(self, amounts: Sequence[float]) -> dict[str, Any]:
         """What :meth:`amounts` returned as the setting that says the same."""
-        return {"compression_ratio": list(amounts), "gmacs": None}
+        return {"compression_ratio": list(amounts), "gmacs": None, "schedule": None}
 
 
 def spread(value: Any, depths: Sequence[int], name: str, remedy: str) -> tuple[Any, ...]:
