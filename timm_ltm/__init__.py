@@ -11,7 +11,8 @@ from timm_ltm import (
 )
 from timm_ltm.models import convert
 from timm_ltm.reduction import METHODS
+from timm_ltm.search import search_schedule
 from timm_ltm.training import ClusterRefresh
 
-__all__ = ["METHODS", "ClusterRefresh", "convert", "models"]
+__all__ = ["METHODS", "ClusterRefresh", "convert", "models", "search_schedule"]
 __version__ = "0.1.0"

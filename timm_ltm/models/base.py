@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from timm_ltm.models.budget import amounts_within, powers
+from timm_ltm.models.budget import Scheduled
 from timm_ltm.models.saved import Reduction, Saved
 from timm_ltm.reduction import Config, Observer, Reducer, Site, Tokens, find_method, form_of
 
@@ -69,7 +69,7 @@ def _loaded(model: "ReducedModel", _: Any) -> None:
         owner.on_loaded(model)
 
 
-class ReducedModel(Saved):
+class ReducedModel(Scheduled, Saved):
     """Mixin of every reducing model, in front of timm's class. A family writes the methods that raise.
 
     Attributes:
@@ -194,25 +194,6 @@ class ReducedModel(Saved):
 
         self.plan(put)
         return behind and not merges
-
-    def merge_as(self, cls: type[Reducer], config: Config, amounts: tuple[float, ...]) -> None:
-        """Merge by these amounts, whatever the settings say: to see what that costs."""
-        self.block_amounts = amounts
-        self._put_reducers(cls, config)
-        self._merging = any(amount != 1 for amount in amounts)
-
-    def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
-        """How much blocks merge, the more the larger the strength, to meet a share of the plain model's GMACs."""
-        return powers(self.planned[1] if schedule is None else (0.9,) * sum(self.planned[0]))
-
-    def amounts_of(self, config: Config) -> tuple[float, ...]:
-        """How much each transformer block merges by these settings, 1.0 for nothing."""
-        depths, default = self.planned
-        if config.gmacs is None or config.trains_budget:
-            return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
-        if config not in self._budgets:
-            self._budgets[config] = amounts_within(self, form_of(self.method, config), config, config.gmacs)
-        return self._budgets[config]
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__

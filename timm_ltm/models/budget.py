@@ -1,21 +1,53 @@
 """A budget in place of ratios: how much each block merges so that a forward pass costs a share of the plain model's."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from timm_ltm.cost import gmacs, input_size_of
-from timm_ltm.reduction import Config, Reducer
+from timm_ltm.reduction import Config, Reducer, form_of
 
 if TYPE_CHECKING:
     from timm_ltm.models.base import ReducedModel
 
-__all__ = ["amounts_within", "powers", "within"]
+__all__ = ["Scheduled", "amounts_within", "on_meta", "powers", "within"]
 
 _ENOUGH = 0.002  # of the plain model's GMACs: a nearer share is not looked for
 _STEPS = 16
+
+
+class Scheduled(nn.Module):
+    """Mixin of :class:`~timm_ltm.models.base.ReducedModel`: which blocks merge how much."""
+
+    def merge_as(self, cls: type[Reducer], config: Config, amounts: tuple[float, ...]) -> None:
+        """Merge by these amounts, whatever the settings say: to see what that costs."""
+        self.block_amounts = amounts
+        self._put_reducers(cls, config)
+        self._merging = any(amount != 1 for amount in amounts)
+
+    def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
+        """How much blocks merge, the more the larger the strength, to meet a share of the plain model's GMACs."""
+        return powers(self.planned[1] if schedule is None else (0.9,) * sum(self.planned[0]))
+
+    def parts_of(self, amounts: Sequence[float]) -> list[float]:
+        """How much of what merges does so in each block, for :meth:`path_of`."""
+        return [-math.log(amount) for amount in amounts]
+
+    def path_of(self, parts: Sequence[float]) -> Callable[[float], tuple[float, ...]]:
+        """As :meth:`path_for`, each block merging in proportion to its part."""
+        return powers(tuple(math.exp(-part / max(parts)) for part in parts))
+
+    def amounts_of(self, config: Config) -> tuple[float, ...]:
+        """How much each transformer block merges by these settings, 1.0 for nothing."""
+        depths, default = self.planned
+        if config.gmacs is None or config.trains_budget:
+            return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
+        if config not in self._budgets:
+            self._budgets[config] = amounts_within(self, form_of(self.method, config), config, config.gmacs)
+        return self._budgets[config]
 
 
 def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, budget: float) -> tuple[float, ...]:
@@ -37,7 +69,7 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
     Raises:
         ValueError: However much is merged, the model costs more.
     """
-    shape = _on_meta(model).eval()
+    shape = on_meta(model).eval()
     size = input_size_of(model)
     shape.set_merging(False)
     whole = gmacs(shape, size)
@@ -98,7 +130,7 @@ def within(
     return path(high), of_high
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy without storage."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -1,7 +1,8 @@
 """What reducing models share whose tokens are a sequence: ViT, EVA, BEiT."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from timm_ltm.models.attention import has_keys, tells_attention
 from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import run_block
 from timm_ltm.reduction import Reducer, Seen, Tokens
+from timm_ltm.reduction.settings import num_slots
 
 __all__ = ["SequenceModel"]
 
@@ -53,15 +55,6 @@ def late_blocks(depth: int, tokens: int, first: int) -> Callable[[float], tuple[
             left.append(max(tokens - int(strength * tokens * behind / max(len(merging), 1)), 1))
         left.append(math.ceil(left[-1] * max(0.5, 1.0 - 4.0 * strength)) if left else tokens)
         return _ratios(tokens, left)
-
-    return ratios
-
-
-def same_number(depth: int, tokens: int) -> Callable[[float], tuple[float, ...]]:
-    """Ratios that merge as many tokens in each block, by strength, the share of the N tokens that go in all."""
-
-    def ratios(strength: float) -> tuple[float, ...]:
-        return _ratios(tokens, [max(tokens - int(strength * tokens * i / depth), 1) for i in range(1, depth + 1)])
 
     return ratios
 
@@ -126,8 +119,18 @@ class SequenceModel(ReducedModel):
         """
         depth, tokens = len(self.blocks), self.patch_embed.num_patches
         if schedule == "flat":
-            return same_number(depth, tokens)
+            return self.path_of([1.0] * depth)
         return late_blocks(depth, tokens, min(max(round(depth * (share - 0.6) * 5 / 3), 0), max(depth - 2, 0)))
+
+    def parts_of(self, amounts: Sequence[float]) -> list[float]:
+        left = [self.patch_embed.num_patches]
+        for amount in amounts:
+            left.append(num_slots(left[-1], amount))
+        return [float(n - m) for n, m in pairwise(left)]
+
+    def path_of(self, parts: Sequence[float]) -> Callable[[float], tuple[float, ...]]:
+        tokens, behind = self.patch_embed.num_patches, [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
+        return lambda strength: _ratios(tokens, [max(tokens - int(strength * tokens * part), 1) for part in behind])
 
     def adopt(self) -> None:
         for block in self.blocks:
