@@ -211,6 +211,7 @@ class Toy(VisionTransformer):
 
 class ReducedToy(SequenceModel, Toy):
     block_class, plain_block = ToyBlock, Block
+    input_tokens = 8
 
     def plan(self, put):
         tokens = 8

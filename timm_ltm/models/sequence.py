@@ -105,6 +105,11 @@ class SequenceModel(ReducedModel):
                 "expected one that does not. Use another method."
             )
 
+    @property
+    def input_tokens(self) -> int:
+        """N in front of the first block, at the model's input size."""
+        return self.patch_embed.num_patches
+
     def depths(self) -> list[int]:
         return [len(self.blocks)]
 
@@ -117,19 +122,19 @@ class SequenceModel(ReducedModel):
 
         These were the best of those tried on a real ViT-S/14, with few merges, each of which has a fixed cost.
         """
-        depth, tokens = len(self.blocks), self.patch_embed.num_patches
+        depth, tokens = len(self.blocks), self.input_tokens
         if schedule == "flat":
             return self.path_of([1.0] * depth)
         return late_blocks(depth, tokens, min(max(round(depth * (share - 0.6) * 5 / 3), 0), max(depth - 2, 0)))
 
     def parts_of(self, amounts: Sequence[float]) -> list[float]:
-        left = [self.patch_embed.num_patches]
+        left = [self.input_tokens]
         for amount in amounts:
             left.append(num_slots(left[-1], amount))
         return [float(n - m) for n, m in pairwise(left)]
 
     def path_of(self, parts: Sequence[float]) -> Callable[[float], tuple[float, ...]]:
-        tokens, behind = self.patch_embed.num_patches, [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
+        tokens, behind = self.input_tokens, [sum(parts[: i + 1]) / sum(parts) for i in range(len(parts))]
         return lambda strength: _ratios(tokens, [max(tokens - int(strength * tokens * part), 1) for part in behind])
 
     def adopt(self) -> None:
@@ -137,7 +142,7 @@ class SequenceModel(ReducedModel):
             block.__class__ = self.block_class
 
     def plan(self, put: Callable[..., Any]) -> None:
-        tokens = self.patch_embed.num_patches
+        tokens = self.input_tokens
         for block in self.blocks:
             tokens = put(block, self.embed_dim, tokens)
 
