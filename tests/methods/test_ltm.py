@@ -66,8 +66,11 @@ def test_two_blocks(train, update, prefix):
     assert y.shape == (B, prefix + 9, D)
     torch.testing.assert_close(tokens.size.sum(dim=1), torch.full((B,), float(N), dtype=torch.float64))
     assert (tokens.anchor.diff(dim=1) > 0).all()
-    G = tokens.masks[0].dense() @ tokens.masks[1].dense()
-    torch.testing.assert_close(y[:, prefix:], G.transpose(1, 2) @ z[:, prefix:])
+    expected = z[:, prefix:]
+    for mask in tokens.masks:  # means, as long as the tokens they are of
+        mean, length = (mask.dense().transpose(1, 2) @ t for t in (expected, expected.norm(dim=2, keepdim=True)))
+        expected = mean * length / mean.norm(dim=2, keepdim=True)
+    torch.testing.assert_close(y[:, prefix:], expected)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -89,7 +92,7 @@ def test_the_order_of_tokens_does_not_matter(train):
     z, seen = z[:1], Seen(seen.keys[:1])
     partner = (unit_vectors(seen.keys) @ unit_vectors(seen.keys).transpose(1, 2) - 4 * torch.eye(N)).argmax(dim=2)[0]
     pairs = [(i, int(j)) for i, j in enumerate(partner) if int(partner[j]) == i and i < j]
-    assert len(pairs) == int((redundancy(unit_vectors(seen.keys)) < -2).sum())
+    assert len(pairs) == int((redundancy(unit_vectors(seen.keys)) < -16).sum())
     order = torch.randperm(N)
     for i, j in pairs:  # swap places where twins changed theirs
         a, b = (int((order == n).nonzero()) for n in (i, j))

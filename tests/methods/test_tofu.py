@@ -12,9 +12,8 @@ from timm.models import Eva, VisionTransformer
 from torch.testing import assert_close
 
 import timm_ltm
-from timm_ltm.methods.tofu import MLERPMask
 from timm_ltm.reduction import GridMask, HardMask, Seen, Site, find_method, initial_tokens
-from timm_ltm.reduction.masks import hard_mask
+from timm_ltm.reduction.masks import LengthMask, hard_mask
 
 D = 4
 
@@ -127,7 +126,9 @@ def test_zeros_and_tokens_that_cancel(dtype):
     z[0, 2], z[0, 3] = 300.0, -300.0  # whose squares half precision has no number for
     z[0, 4], z[0, 5] = torch.tensor([200.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
     z = z.to(dtype).requires_grad_()
-    mask = MLERPMask(hard_mask(torch.tensor([[1, 3, 5, 0, 2, 4]]), torch.tensor([[0, 1, 2]]), torch.ones(1, 6), 3))
+    mask = LengthMask(
+        hard_mask(torch.tensor([[1, 3, 5, 0, 2, 4]]), torch.tensor([[0, 1, 2]]), torch.ones(1, 6), 3), True
+    )
     y = mask.merge(z)
     expected = torch.zeros(1, 3, D)
     expected[0, 2, 0], expected[0, 2, 2] = 200.0, 1.0

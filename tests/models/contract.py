@@ -234,7 +234,7 @@ class ModelContract(ExportContract):
         if METHODS[method].anchored:
             assert_close(torch.stack([t[a] for t, a in zip(tokens, where.anchor, strict=True)]), slots)
         if not training and isinstance(
-            where.masks[-1], HardMask
+            getattr(where.masks[-1], "inner", where.masks[-1]), HardMask
         ):  # each token is in one slot: as often as that slot's size says
             same = (tokens.unsqueeze(2) - slots.unsqueeze(1)).abs().amax(dim=3) < 1e-6  # B N P
             assert_close(same.sum(dim=1).float(), where.size)

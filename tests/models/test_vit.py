@@ -86,12 +86,13 @@ class TestViT(ModelContract):
             assert accumulated.shape[2] < before
             before = accumulated.shape[2]
 
-    def test_merged_tokens_are_the_masks_means(self):
+    def test_merged_tokens_are_the_masks_means_as_long_as_tokens(self):
         model, x = self.build(depth=1), self.images()
         embedded, block = model.embed(x)[0], model.blocks[0]
         (mask,) = model.forward_masks(x).masks
         z = embedded + block.attn(block.norm1(embedded))
-        merged = torch.cat((z[:, :1], mask.transpose(1, 2) @ z[:, 1:]), dim=1)
+        mean, length = (mask.transpose(1, 2) @ t for t in (z[:, 1:], z[:, 1:].norm(dim=2, keepdim=True)))
+        merged = torch.cat((z[:, :1], mean * length / mean.norm(dim=2, keepdim=True)), dim=1)
         assert_close(model.forward_merged(x)[0], model.norm(merged + block.mlp(block.norm2(merged))))
 
     def test_masks_of_a_non_square_grid(self):

@@ -17,16 +17,23 @@ from timm_ltm.reduction.matching import (
 )
 
 
+@pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("N", [1, 2, 3, 8, 9])
-def test_redundancy_against_loops(N):
-    keys = unit_vectors(torch.randn(2, N, 4))
-    scores = redundancy(keys)
+def test_redundancy_against_loops(N, sized):
+    keys, size = unit_vectors(torch.randn(2, N, 4)), 1 + 99 * torch.rand(2, N)
+    scores = redundancy(keys, size if sized else None)
     for b in range(2 if N > 1 else 0):
-        nearest = [max((j for j in range(N) if j != i), key=lambda j: keys[b, i] @ keys[b, j]) for i in range(N)]
+
+        def alike(i, j, b=b):
+            u, v = (float(size[b, n]) ** 0.25 if sized else 1.0 for n in (i, j))
+            return 1 - (1 - float(keys[b, i] @ keys[b, j])) * 2 * u * v / (u + v)
+
+        nearest = [max((j for j in range(N) if j != i), key=lambda j, i=i: alike(i, j)) for i in range(N)]
         for i, j in enumerate(nearest):
-            expected = float(keys[b, i] @ keys[b, j]) - (4.0 if nearest[j] == i and i < j else 0.0)
+            expected = alike(i, j) - (32.0 if nearest[j] == i and i < j else 0.0)
             assert scores[b, i].item() == pytest.approx(expected, abs=1e-5)
     assert scores.shape == (2, N)
+    torch.testing.assert_close(redundancy(keys, torch.ones(2, N)), redundancy(keys))
 
 
 @settings(deadline=None, max_examples=25)

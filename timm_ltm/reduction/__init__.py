@@ -1,7 +1,7 @@
 """What every method and every model shares: tokens, masks, matching, lines, and the reducer's interface. No timm."""
 
-from timm_ltm.reduction.lines import LineReducer, Placement
-from timm_ltm.reduction.masks import DenseMask, GridMask, HardMask, Mask, SoftMask
+from timm_ltm.reduction.lines import GridMask, LineReducer, Placement
+from timm_ltm.reduction.masks import DenseMask, HardMask, Mask, SoftMask
 from timm_ltm.reduction.reducer import (
     METHODS,
     Config,

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ltm.reduction.masks import GridMask, Mask
+from timm_ltm.reduction.masks import Mask
 from timm_ltm.reduction.matching import unit_vectors
 from timm_ltm.reduction.reducer import Reducer, Seen
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, fixed, no_autocast, one_hot
 
-__all__ = ["CELLS_PER_SIDE", "Line", "LineReducer", "Placement"]
+__all__ = ["CELLS_PER_SIDE", "GridMask", "Line", "LineReducer", "Placement"]
 
 CELLS_PER_SIDE = 4  # g of the coarse grid that advice is given on, see LineReducer.advice
 
@@ -99,6 +99,85 @@ class LineReducer(Reducer):
             of_height = columns.size
         size = (of_height.unsqueeze(2) * of_width.unsqueeze(1) / total).flatten(1)  # B H' W' -> B (H' W')
         return GridMask(rows, columns, grid, (H_, W_), size)
+
+
+class GridMask(NamedTuple):
+    """The mask of a map that stays a map: all its rows are merged from W to W' tokens by one mask, then all columns.
+
+    Attributes:
+        rows: Merges W tokens of every row, None where they stay as they are.
+        columns: Merges H tokens of every column, None where they stay as they are.
+        start: (H, W).
+        grid: (H', W').
+        size: (B, H' W') how many input tokens each slot stands for.
+    """
+
+    rows: Mask | None
+    columns: Mask | None
+    start: tuple[int, int]
+    grid: tuple[int, int]
+    size: Tensor
+    keeps_own = True
+
+    @property
+    def linear(self) -> bool:
+        return all(mask is None or mask.linear for mask in (self.rows, self.columns))
+
+    def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """G^T x: (B parts, H W, D) -> (B parts, H' W', D). A map has no prefix."""
+        assert not num_prefix, "maps have no prefix tokens"
+        H, W = self.start
+        H_, W_ = self.grid
+        D = fixed(x.shape[2])
+        if self.rows is not None:
+            x = self.rows.merge(x.reshape(-1, W, D), 0, H * parts)  # (B parts) (H W) D -> (B parts H) W' D
+        if self.columns is not None and self.columns.linear:  # one vector of all tokens of a row: the faster way
+            x = self.columns.merge(x.reshape(-1, H, W_ * D), 0, parts)  # -> (B parts) H (W' D) -> (B parts) H' (W' D)
+        elif self.columns is not None:
+            x = x.reshape(-1, H, W_, D).transpose(1, 2).reshape(-1, H, D)  # -> (B parts W') H D
+            x = self.columns.merge(x, 0, parts * W_)  # -> (B parts W') H' D
+            x = x.reshape(-1, W_, H_, D).transpose(1, 2)  # -> (B parts) H' W' D
+        return x.reshape(-1, H_ * W_, D)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Slots put back where their tokens came from: (B, H' W', D) -> (B, H W, D)."""
+        (H, W), (_, W_), D = self.start, self.grid, fixed(x.shape[2])
+        if self.columns is not None:
+            x = self.columns.unmerge(x.reshape(x.shape[0], -1, W_ * D))  # B H' (W' D) -> B H (W' D)
+        if self.rows is not None:
+            x = x.reshape(-1, H, W_, D).transpose(1, 2).flatten(2)  # B H W' D -> B W' (H D)
+            x = self.rows.unmerge(x).unflatten(2, (H, D)).transpose(1, 2)  # B W (H D) -> B H W D
+        return x.reshape(-1, H * W, D)
+
+    def anchors(self) -> Tensor:
+        """(B, H' W') token indices among H W."""
+        rows, columns = self.axes("anchors")
+        return (columns.unsqueeze(2) * self.start[1] + rows.unsqueeze(1)).flatten(1)
+
+    def dense(self) -> Tensor:
+        """G (B, H W, H' W')."""
+        return self._product(*self.axes("dense"))
+
+    def destinations(self) -> Tensor:
+        """(B, H W, H' W'): the share of each token that goes to each slot, rows sum to 1."""
+        return self._product(*self.axes("destinations"))
+
+    def axes(self, what: str) -> tuple[Tensor, Tensor]:
+        """``anchors``, ``dense`` or ``destinations`` of the rows' and the columns' mask: identities where none is."""
+        B, device = self.size.shape[0], self.size.device
+        found = []
+        for mask, n in ((self.rows, self.start[1]), (self.columns, self.start[0])):
+            if mask is not None:
+                found.append(getattr(mask, what)())
+            elif what == "anchors":
+                found.append(torch.arange(n, device=device).expand(B, -1))
+            else:
+                found.append(torch.eye(n, dtype=self.size.dtype, device=device).expand(B, -1, -1))
+        return found[0], found[1]
+
+    @staticmethod
+    def _product(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.einsum("bwv,bhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)  # B (H W) (H' W')
 
 
 class Placement(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ltm.reduction.tokens import fixed, one_hot, take
+from timm_ltm.reduction.tokens import at_least_float32, fixed, one_hot, take, unflatten
 
-__all__ = ["DenseMask", "GridMask", "HardMask", "Mask", "SoftMask", "hard_mask", "soft_mask"]
+__all__ = ["DenseMask", "HardMask", "LengthMask", "Mask", "SoftMask", "hard_mask", "soft_mask"]
 
 
 class Mask(Protocol):
@@ -181,83 +181,69 @@ class DenseMask(NamedTuple):
         return self.to
 
 
-class GridMask(NamedTuple):
-    """The mask of a map that stays a map: all its rows are merged from W to W' tokens by one mask, then all columns.
+class LengthMask(NamedTuple):
+    """Another mask's means, made as long as the tokens that they are of: a mean of different directions is shorter.
+
+    Of the tokens z_i of a slot, with weights g_i that sum to 1 and m = sum_i g_i z_i,
+
+        y = m / |m| sum_i g_i |z_i|,    or    y = m / |m| max_i |z_i|   (MLERP; Kim et al., WACV 2024).
+
+    The norms are those of token vectors (of every pixel's, where pixels are merged alike). Where tokens cancel, so that
+    m has no direction, y = m.
 
     Attributes:
-        rows: Merges W tokens of every row, None where they stay as they are.
-        columns: Merges H tokens of every column, None where they stay as they are.
-        start: (H, W).
-        grid: (H', W').
-        size: (B, H' W') how many input tokens each slot stands for.
+        inner: What goes where, and the weights g.
+        longest: MLERP, of hard masks. Along the lines of a map, rows are merged so and then columns: each slot is as
+            long as the longest token of its rectangle.
     """
 
-    rows: Mask | None
-    columns: Mask | None
-    start: tuple[int, int]
-    grid: tuple[int, int]
-    size: Tensor
+    inner: HardMask | SoftMask
+    longest: bool = False
+    linear = False
     keeps_own = True
 
     @property
-    def linear(self) -> bool:
-        return all(mask is None or mask.linear for mask in (self.rows, self.columns))
+    def size(self) -> Tensor:
+        """(B, P) how many input tokens each slot stands for."""
+        return self.inner.size
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
-        """G^T x: (B parts, H W, D) -> (B parts, H' W', D). A map has no prefix."""
-        assert not num_prefix, "maps have no prefix tokens"
-        H, W = self.start
-        H_, W_ = self.grid
-        D = fixed(x.shape[2])
-        if self.rows is not None:
-            x = self.rows.merge(x.reshape(-1, W, D), 0, H * parts)  # (B parts) (H W) D -> (B parts H) W' D
-        if self.columns is not None and self.columns.linear:  # one vector of all tokens of a row: the faster way
-            x = self.columns.merge(x.reshape(-1, H, W_ * D), 0, parts)  # -> (B parts) H (W' D) -> (B parts) H' (W' D)
-        elif self.columns is not None:
-            x = x.reshape(-1, H, W_, D).transpose(1, 2).reshape(-1, H, D)  # -> (B parts W') H D
-            x = self.columns.merge(x, 0, parts * W_)  # -> (B parts W') H' D
-            x = x.reshape(-1, W_, H_, D).transpose(1, 2)  # -> (B parts) H' W' D
-        return x.reshape(-1, H_ * W_, D)
+        """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+        mean = self.inner.merge(x, num_prefix, parts)
+        if fixed(x.shape[1]) == fixed(mean.shape[1]):
+            return mean
+        norm, length = (torch.linalg.vector_norm(at_least_float32(t[:, num_prefix:]), dim=2) for t in (x, mean))
+        meant = self._longest(norm, parts) if self.longest else self.inner.merge(norm.unsqueeze(2), 0, parts).squeeze(2)
+        directed = length > _CANCELLED * meant
+        scale = torch.where(directed, meant / torch.where(directed, length, 1.0), 1.0)
+        if num_prefix:
+            scale = F.pad(scale, (num_prefix, 0), value=1.0)
+        return mean * scale.unsqueeze(2).to(x.dtype)
+
+    def _longest(self, norm: Tensor, parts: int) -> Tensor:
+        """(B parts, N) -> (B parts, P)."""
+        assert isinstance(self.inner, HardMask), "of shares there is no longest"
+        P = fixed(self.inner.own.shape[1])
+        norm = unflatten(norm, 0, (-1, parts))  # (B parts) N -> B parts N
+        norm = norm.gather(2, self.inner.order.unsqueeze(1).expand(-1, parts, -1)).unsqueeze(3)
+        others = norm[:, :, P:] * one_hot(self.inner.slot, P, norm.dtype).unsqueeze(1)  # B parts M P
+        return torch.maximum(norm[:, :, :P, 0], others.amax(dim=2)).reshape(-1, P)  # B parts P -> (B parts) P
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, H' W', D) -> (B, H W, D)."""
-        (H, W), (_, W_), D = self.start, self.grid, fixed(x.shape[2])
-        if self.columns is not None:
-            x = self.columns.unmerge(x.reshape(x.shape[0], -1, W_ * D))  # B H' (W' D) -> B H (W' D)
-        if self.rows is not None:
-            x = x.reshape(-1, H, W_, D).transpose(1, 2).flatten(2)  # B H W' D -> B W' (H D)
-            x = self.rows.unmerge(x).unflatten(2, (H, D)).transpose(1, 2)  # B W (H D) -> B H W D
-        return x.reshape(-1, H * W, D)
+        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
+        return self.inner.unmerge(x)
 
     def anchors(self) -> Tensor:
-        """(B, H' W') token indices among H W."""
-        rows, columns = self.axes("anchors")
-        return (columns.unsqueeze(2) * self.start[1] + rows.unsqueeze(1)).flatten(1)
+        """(B, P) token indices."""
+        return self.inner.anchors()
 
     def dense(self) -> Tensor:
-        """G (B, H W, H' W')."""
-        return self._product(*self.axes("dense"))
+        """(B, N, P): the weights g of the mean, columns sum to 1. What merging does is not their product."""
+        return self.inner.dense()
 
     def destinations(self) -> Tensor:
-        """(B, H W, H' W'): the share of each token that goes to each slot, rows sum to 1."""
-        return self._product(*self.axes("destinations"))
-
-    def axes(self, what: str) -> tuple[Tensor, Tensor]:
-        """``anchors``, ``dense`` or ``destinations`` of the rows' and the columns' mask: identities where none is."""
-        B, device = self.size.shape[0], self.size.device
-        found = []
-        for mask, n in ((self.rows, self.start[1]), (self.columns, self.start[0])):
-            if mask is not None:
-                found.append(getattr(mask, what)())
-            elif what == "anchors":
-                found.append(torch.arange(n, device=device).expand(B, -1))
-            else:
-                found.append(torch.eye(n, dtype=self.size.dtype, device=device).expand(B, -1, -1))
-        return found[0], found[1]
-
-    @staticmethod
-    def _product(rows: Tensor, columns: Tensor) -> Tensor:
-        return torch.einsum("bwv,bhu->bhwuv", rows, columns).flatten(3, 4).flatten(1, 2)  # B (H W) (H' W')
+        """(B, N, P): the share of each token that goes to each slot, rows sum to 1."""
+        return self.inner.destinations()
 
 
 def hard_mask(
@@ -319,6 +305,7 @@ def soft_mask(
     return SoftMask(order, to, own_weight / total, rest_weight / total.unsqueeze(1), merged)
 
 
+_CANCELLED = 1e-6  # a mean that is shorter than its tokens by this has no direction that rounding leaves
 _BOUND = 10.0  # of an update's log weights: e^10 is a slot to itself, and finite in half precision
 
 

@@ -65,12 +65,9 @@ class Tokens(NamedTuple):
         A token of size s then attracts attention like s equal ones (Bolya et al., ICLR 2023). Without gradient, as a
         size may come near zero; that of :attr:`weight` is kept, also at 0.
         """
-        if self.weight is None:
-            bias = self.size.detach().clamp_min(1e-6).log()
-        else:
-            # of attention 1e-20 is nothing; times small gradients, less would be denormal, with which CPUs crawl
-            bias = (self.weight + 1e-20).log()
-        bias = F.pad(bias, (num_prefix, 0))
+        # of attention 1e-20 is nothing; times small gradients, less would be denormal, with which CPUs crawl
+        counted = self.size.detach().clamp_min(1e-6) if self.weight is None else self.weight + 1e-20
+        bias = F.pad(counted.log(), (num_prefix, 0))
         return bias.repeat_interleave(parts, dim=0).unsqueeze(1).unsqueeze(1)
 
     def unmasked(self, num_prefix: int = 0) -> Tensor | None:

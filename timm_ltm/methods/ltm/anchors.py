@@ -18,7 +18,7 @@ from timm_ltm.methods.ltm.clusters import Clusters
 from timm_ltm.methods.ltm.running import RunningClusters
 from timm_ltm.methods.ltm.update import mask_update, pool_slots
 from timm_ltm.reduction.lines import CELLS_PER_SIDE, Line, LineReducer
-from timm_ltm.reduction.masks import HardMask, SoftMask, hard_mask, soft_mask
+from timm_ltm.reduction.masks import HardMask, LengthMask, Mask, SoftMask, hard_mask, soft_mask
 from timm_ltm.reduction.matching import order_by_redundancy
 from timm_ltm.reduction.reducer import Seen, Site, recomputing, register_method
 from timm_ltm.reduction.settings import Config, check_flag, check_number, check_whole
@@ -151,8 +151,12 @@ class LTM(Clustered, LineReducer):
     def weighs(cls, config: LTMConfig) -> bool:
         return config.proportional_attention
 
+    def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
+        mask = super().mask(z, tokens, seen)
+        return mask if tokens.grid is not None else LengthMask(mask)
+
     def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
-        order = order_by_redundancy(line.unit, num_slots)  # keys have no gradient
+        order = order_by_redundancy(line.unit, num_slots, line.size)  # keys have no gradient
         P, unit = num_slots, take(line.unit, order)
         similarity = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
         own: Tensor | None = None
