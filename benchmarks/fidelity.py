@@ -1,14 +1,15 @@
 """How far merging models are from the plain one at the same cost, without training: any timm model, any images.
 
-    python benchmarks/fidelity.py PHOTOS --model vit_small_patch14_dinov2 --img-size 224 --checkpoint WEIGHTS --limit 300
+    python benchmarks/fidelity.py PHOTOS --model vit_small_patch14_dinov2 --img-size 224 --checkpoint WEIGHTS
     python benchmarks/fidelity.py PHOTOS --probe FOLDER --budget 0.72 0.60     # and a linear probe of FOLDER/train
 
 Every method and schedule of --merge at every --budget, on the same images. Errors are 1 - cos to the plain model's
 features (class token, mean token, every token), in thousandths, with standard errors; beside them the ratio to the
 reference's (the first of --merge) with a bootstrap interval of 95 %, images drawn in pairs. Of models with a head, the
-share of images that get the plain model's answer. With --probe, a logistic regression on the plain model's [class token;
-mean token] of FOLDER/train, 15 images of each class, reads all of FOLDER/validation: points of top-1 lost, with paired
-interval. With --search, a schedule is searched on that many further images. Writes CSV, a Markdown table and a plot.
+share of images that get the plain model's answer. With --probe, a logistic regression on the plain model's class token
+and mean token of FOLDER/train, 15 images of each class, reads all of FOLDER/validation: points of top-1 lost, and
+gained on the reference, with the standard errors of paired differences. With --search, a schedule is searched on that
+many further images. Writes CSV, a Markdown table and a plot.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="shares of the plain GMACs")
     parser.add_argument(
         "--merge", nargs="+", action="append", metavar="METHOD NAME=VALUE",
-        help="may be repeated, the first is the reference: tome schedule=flat, ltm, tome, tofu schedule=flat if not given",
+        help="may be repeated, the first is the reference; ToMe's own schedule, ltm, tome and tofu if not given",
     )  # fmt: skip
     parser.add_argument("--search", type=int, default=0, help="images on which a schedule of LTM is searched")
     parser.add_argument("--probe", type=Path, help="an ImageFolder with train and validation")
