@@ -125,7 +125,8 @@ class SequenceModel(ReducedModel):
         depth, tokens = len(self.blocks), self.input_tokens
         if schedule == "flat":
             return self.path_of([1.0] * depth)
-        return late_blocks(depth, tokens, min(max(round(depth * (share - 0.6) * 5 / 3), 0), max(depth - 2, 0)))
+        first = math.ceil(depth * (share - 0.6) * 5 / 3 - 0.25)
+        return late_blocks(depth, tokens, min(max(first, 0), max(depth - 2, 0)))
 
     def parts_of(self, amounts: Sequence[float]) -> list[float]:
         left = [self.input_tokens]
