@@ -5,8 +5,8 @@
         --merge ltm --merge tome r=8 --merge tome compression_ratio=0.95 --limit 100
 
 Nothing is trained and no label is read. The plain model and each merging one see the same images; the error is 1 minus
-the cosine to the plain model's class token and mean token, in thousandths, with its standard error. Latencies are
-medians of rounds in which the models take turns. Without --checkpoint, timm's pretrained weights are downloaded.
+the cosine to the plain model's class token, mean token and every token, in thousandths, with its standard error.
+Latencies are medians of rounds in which the models take turns. Without --checkpoint, timm's pretrained weights are downloaded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import ast
 import random
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -28,8 +26,11 @@ from tqdm import tqdm
 
 import timm_ltm
 from timm_ltm.cost import gmacs, input_size_of
+from timm_ltm.fidelity import errors, features_of
+from timm_ltm.speed import latencies
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+NAMES = {"class": "class token", "mean": "mean token", "every": "every token"}
 
 
 def arguments() -> argparse.Namespace:
@@ -57,6 +58,15 @@ def plain_model(args: argparse.Namespace) -> nn.Module:
     return timm.create_model(args.model, pretrained=True, **kwargs).to(args.device).eval()
 
 
+def given(setting: str) -> tuple[str, object]:
+    """NAME=VALUE as Python reads it, a word as it is."""
+    name, _, value = setting.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def images_in(folder: Path, limit: int, seed: int) -> list[Path]:
     """Paths of images, in an order of their own."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -64,32 +74,6 @@ def images_in(folder: Path, limit: int, seed: int) -> list[Path]:
         raise SystemExit(f"folder: got {str(folder)!r}, which holds no images. Expected some of {sorted(SUFFIXES)}.")
     random.Random(seed).shuffle(paths)
     return paths[: limit or None]
-
-
-@torch.inference_mode()
-def tokens(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The class token and the mean token (B, D) of images x, those that the model has."""
-    last, maps = model.forward_intermediates(x, indices=1)
-    found = {"mean": maps[-1].mean(dim=(2, 3))}
-    if getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None):
-        found = {"class": last[:, 0], "mean": last[:, model.num_prefix_tokens :].mean(dim=1)}
-    return found
-
-
-def latencies(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of a batch, each model's median."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    names = list(models)
-    with torch.inference_mode():
-        for i in tqdm(range(rounds + 1), desc="timing", unit="round"):  # the first warms up
-            random.Random(i).shuffle(names)
-            for name in names:
-                start = time.perf_counter()
-                models[name](x)
-                if x.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(series[1:]) for name, series in times.items()}
 
 
 def main() -> None:
@@ -101,30 +85,30 @@ def main() -> None:
     transform = create_transform(**config, is_training=False)
     models = {"plain": plain}
     for method, *settings in args.merge or [["ltm"], ["tome"]]:
-        given = {name: ast.literal_eval(value) for name, _, value in (setting.partition("=") for setting in settings)}
-        models[" ".join([method, *settings])] = timm_ltm.convert(plain, method, **given)
+        models[" ".join([method, *settings])] = timm_ltm.convert(plain, method, **dict(map(given, settings)))
 
-    errors: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models if name != "plain"}
+    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models if name != "plain"}
     batch = None
     for start in tqdm(range(0, len(paths), args.batch_size), desc="images", unit="batch"):
         files = paths[start : start + args.batch_size]
         x = torch.stack([transform(Image.open(path).convert("RGB")) for path in files]).to(args.device)
         batch = x if batch is None else batch
-        expected = tokens(plain, x)
-        for name, of_model in errors.items():
-            for kind, value in tokens(models[name], x).items():
-                error = 1 - F.cosine_similarity(value.float(), expected[kind].float(), dim=1)
-                of_model.setdefault(kind, []).append(1e3 * error)
+        with torch.inference_mode():
+            expected = features_of(plain, x)
+            for name, of_model in found.items():
+                for kind, error in errors(features_of(models[name], x), expected).items():
+                    of_model.setdefault(kind, []).append(1e3 * error)
 
-    taken = latencies(models, batch, args.rounds) if args.rounds else {}
+    timing = partial(tqdm, desc="timing", unit="round")
+    taken = latencies(models, batch, args.rounds, progress=timing) if args.rounds else {}
     base = gmacs(plain, size)
-    kinds = list(next(iter(errors.values())))
+    kinds = list(next(iter(found.values())))
     print(f"{args.model}, {size[1]} x {size[2]}, {len(paths)} images, {args.device},")
     print(
         f"{torch.get_num_threads()} threads, batch {len(batch)}. Error: 1 - cos to the plain model's, in thousandths."
     )
     print()
-    print("| model | GMACs | ratio | latency ratio |" + "".join(f" error of the {kind} token |" for kind in kinds))
+    print("| model | GMACs | ratio | latency ratio |" + "".join(f" error, {NAMES[kind]} |" for kind in kinds))
     print("|:---|---:|---:|---:|" + "---:|" * len(kinds))
     for name, model in models.items():
         cost = gmacs(model, size)
@@ -134,7 +118,7 @@ def main() -> None:
             if name == "plain":
                 row += " 0 |"
             else:
-                e = torch.cat(errors[name][kind])
+                e = torch.cat(found[name][kind])
                 row += f" {e.mean():.2f} ± {e.std() / len(e) ** 0.5:.2f} |"
         print(row)
 
