@@ -6,7 +6,7 @@
 
 Nothing is trained and no label is read. The plain model and each merging one see the same images; the error is 1 minus
 the cosine to the plain model's class token, mean token and every token, in thousandths, with its standard error.
-Latencies are medians of rounds in which the models take turns. Without --checkpoint, timm's pretrained weights are downloaded.
+Latencies are medians of rounds in which the models take turns. Without --checkpoint, timm downloads its weights.
 """
 
 from __future__ import annotations
