@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["errors", "features_of", "images_of"]
+__all__ = ["errors", "features_of", "images_of", "interval"]
 
 
 def features_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -59,3 +60,24 @@ def images_of(loader: Iterable[object], limit: int, device: torch.device) -> Ite
             return
     if not seen:
         raise ValueError("loader: got no image, expected some. Give batches of images (B, C, H, W).")
+
+
+def interval(
+    statistic: Callable[..., float], *series: np.ndarray, seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """Of a statistic of what was measured on the same images: 95 %, by the bootstrap, images drawn in pairs.
+
+    Args:
+        statistic: Of one mean (n,) over runs for each series.
+        *series: (n,) each, one number per image, or (S, n) of S runs, which are drawn in pairs too.
+        seed: Of the draws.
+        draws: That many.
+    """
+    runs = [np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in series]
+    S, n = runs[0].shape
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        of_runs, of_images = rng.integers(S, size=S), rng.integers(n, size=n)
+        found.append(statistic(*(values[of_runs].mean(axis=0)[of_images] for values in runs)))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["latencies", "peak_memory"]
+__all__ = ["latencies", "peak_memory", "times_of"]
 
 WARMUP = 2
 
@@ -26,7 +26,19 @@ def latencies(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
-    """Milliseconds of a forward pass of x (B, C, H, W): each model's median, after two rounds of warm-up.
+    """Milliseconds of a forward pass of x (B, C, H, W): each model's median, see :func:`times_of`."""
+    times = times_of(models, x, rounds, seed, progress)
+    return {name: statistics.median(series) for name, series in times.items()}
+
+
+def times_of(
+    models: Mapping[str, Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int = 10,
+    seed: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, list[float]]:
+    """Milliseconds of a forward pass of x (B, C, H, W), of every round after two of warm-up.
 
     Args:
         models: By name; each runs once in every round, in an order drawn anew.
@@ -51,7 +63,7 @@ def latencies(
                 models[name](x)
                 wait()
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(series[WARMUP:]) for name, series in times.items()}
+    return {name: series[WARMUP:] for name, series in times.items()}
 
 
 @torch.no_grad()

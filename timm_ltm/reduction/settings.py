@@ -73,7 +73,7 @@ def num_slots(num_tokens: int, ratio: float) -> int:
     return (num_tokens * share + whole - 1 - 1000) // whole
 
 
-SCHEDULES = ("flat",)
+SCHEDULES = ("flat", "late")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Config:
         gmacs: In place of ratios, the share of the plain model's GMACs that the merging one may cost. The ratios that
             meet it are found from the shapes, and saved as ``compression_ratio``.
         schedule: Which blocks merge how much within ``gmacs``: ``"flat"``, the same number of tokens in every block (of
-            maps, the same share), as in ToMe's paper. None: the best that was found for the family and this share.
+            maps, the same share), as in ToMe's paper; ``"late"``, for self-supervised ViTs, from behind the first third
+            of the blocks where the budget allows. None: the best that was found for the family and this share.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
 
     Raises:
