@@ -4,7 +4,7 @@
     python benchmarks/cost.py --models vit_small_patch16_224 --merge ltm --merge "tome r=6"
 
 Models of a row share one process and take turns in every round, in an order drawn anew: a machine that slows down slows
-all of them. Weights are random, so clusters are not filled; what the update computes is computed all the same.
+all of them. Weights are random, and so are clusters: as in a trained model, the update is computed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,17 @@ def entries(name: str, merges: list[str], dd: dict[str, object]) -> list[Entry]:
     for merge in merges:
         method, *settings = merge.split()
         given = {key: ast.literal_eval(value) for key, _, value in (setting.partition("=") for setting in settings)}
-        model = timm_ltm.convert(plain, method, **given)
+        model = with_clusters(timm_ltm.convert(plain, method, **given))
         found.append(Entry(f"{method}_{name} {' '.join(settings)}".strip(), model, gmacs(model, size)))
     return found
+
+
+def with_clusters(model: nn.Module) -> nn.Module:
+    """As after training: without clusters, inference leaves LTM's update out."""
+    for module in model.modules():
+        if hasattr(module, "centroids"):
+            module.centroids.normal_()
+    return model.eval()
 
 
 def measure(found: list[Entry], x: Tensor, rounds: int, compiled: bool = False, seed: int = 0) -> None:
