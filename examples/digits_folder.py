@@ -14,19 +14,24 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
+def write_digits(folder: Path, size: int = 32) -> None:
+    """train/CLASS/*.png of 1,437 digits and validation/CLASS/*.png of 360, of size x size pixels."""
+    images, labels = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    for split, xs, ys in (("train", x, y), ("validation", x_test, y_test)):
+        for i, (image, label) in enumerate(zip(xs, ys, strict=True)):
+            file = folder / split / str(label) / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray((image.reshape(8, 8) * 15.9).astype("uint8"))
+            picture.resize((size, size), Image.BILINEAR).convert("RGB").save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=32, help="pixels of a side")
     args = parser.parse_args()
-    images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-    for split, xs, ys in (("train", x, y), ("validation", x_test, y_test)):
-        for i, (image, label) in enumerate(zip(xs, ys, strict=True)):
-            file = args.folder / split / str(label) / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray((image.reshape(8, 8) * 15.9).astype("uint8"))
-            picture.resize((args.size, args.size), Image.BILINEAR).convert("RGB").save(file)
+    write_digits(args.folder, args.size)
 
 
 if __name__ == "__main__":
