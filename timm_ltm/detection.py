@@ -7,8 +7,9 @@
     detector = ssdlite("ltm_mobilevit_s", num_classes=91, size=320, pretrained=True)
     detector = mask_rcnn(timm_ltm.convert(model, "ltm"), num_classes=91)
 
-What comes back is torchvision's own class: it takes a list of images of any sizes, returns losses in training and boxes in
-eval. A plain and a merging backbone give maps of the same shapes, so that all other weights have the same names and shapes.
+What comes back is torchvision's own class: it takes a list of images of any sizes, returns losses in training and boxes
+in eval. A plain and a merging backbone give maps of the same shapes, so that all other weights have the same names and
+shapes.
 
 One letter per axis: B batch, D width, H W grid of a map.
 """
@@ -57,7 +58,7 @@ def feature_backbone(
     """A timm model that gives its maps of some strides, (B, D, H, W) each, as ``features_only`` does.
 
     Args:
-        backbone: A name, or a classification model of timm, merging or plain, of which a copy without its head is taken.
+        backbone: A name, or a classification model of timm, merging or plain; a copy of it without its head is used.
         strides: Of the maps, pixels per cell; the deepest map of each. All from ``least`` on, if not given.
         least: Smallest stride where ``strides`` are not given.
         size: (H, W) of the images, which models of a fixed size are built for, and merging is planned for.
@@ -155,8 +156,8 @@ def ssdlite(
         num_classes: With the background, class 0.
         size: Images are resized to, (H, W) or one side.
         strides: Of the backbone's maps; all from 16 on if not given.
-        extra: Widths of the further maps, each with half the side of the one before. torchvision's four if not given, but
-            none behind a map of one cell.
+        extra: Widths of the further maps, each with half the side of the one before. torchvision's four if not given,
+            but none behind a map of one cell.
         norm_layer: Of extra blocks and head.
         anchor_generator: torchvision's of SSDLite if not given, on as many maps as there are.
         pretrained: timm's weights, of a name.
@@ -164,8 +165,8 @@ def ssdlite(
         **kwargs: Of torchvision's ``SSD``.
 
     Raises:
-        ValueError: The backbone has no map of such a stride, the anchors are for another number of maps, or the number of
-            classes leaves no room for the background.
+        ValueError: The backbone has no map of such a stride, the anchors are for another number of maps, or the number
+            of classes leaves no room for the background.
     """
     _check_classes(num_classes)
     height, width = to_2tuple(size)
@@ -225,8 +226,8 @@ def mask_rcnn(
         **kwargs: Of torchvision's ``MaskRCNN``.
 
     Raises:
-        ValueError: The backbone has no map of such a stride, a stride is no power of two, or the number of classes leaves
-            no room for the background.
+        ValueError: The backbone has no map of such a stride, a stride is no power of two, or the number of classes
+            leaves no room for the background.
     """
     if "box_predictor" not in kwargs:
         _check_classes(num_classes)
@@ -276,10 +277,11 @@ class _Counted(nn.Module):
 def gmacs(detector: nn.Module, size: int | tuple[int, int] = 320, rois: int = 1000, masks: int = 100) -> float:
     """10^9 multiply-adds of a detector and one image: backbone, putting back, further maps and heads.
 
-    Matching, decoding and suppression of boxes are not counted; of Mask R-CNN, neither is roi pooling, which has no products.
+    Matching, decoding and suppression of boxes are not counted, nor is the roi pooling of Mask R-CNN: there are no
+    products of matrices in them.
 
     Args:
-        detector: torchvision's SSD or Mask R-CNN (Faster R-CNN), in the mode it is in. Evaluation is what is usually meant.
+        detector: torchvision's SSD or Mask R-CNN (Faster R-CNN), in the mode it is in; evaluation is usually meant.
         size: (H, W) of the image as the backbone sees it.
         rois: Boxes that Mask R-CNN's box head looks at, which depends on the image; torchvision's most.
         masks: Of these, that get a mask; torchvision's most.
@@ -302,8 +304,8 @@ def image_labels(targets: Sequence[dict[str, Tensor]], num_classes: int) -> Tens
         refresh = timm_ltm.ClusterRefresh(detector, num_classes=num_classes - 1)
         refresh.step(image_labels(targets, num_classes))  # after each forward pass of training
 
-    The background is no class here, K = num_classes - 1. A row of an image without objects is zero, which is no label: its
-    features count among the clusters, and not in Q.
+    The background is no class here, K = num_classes - 1. A row of an image without objects is zero, which is no label:
+    its features count among the clusters, and not in Q.
     """
     rows = [torch.bincount(t["labels"], minlength=num_classes)[1:num_classes].float() for t in targets]
     shares = torch.stack(rows)  # B K
