@@ -165,7 +165,10 @@ def main() -> None:
     print(f"GMACs ratio {ltm_row[2] / plain_row[2]:.3f}, latency ratio {ltm_row[3] / plain_row[3]:.3f} (last seed)")
 
     mask_figure(x_test[:8], ltm.forward_masks(x_test[:8]), args.output / "masks.png")
-    print(f"masks over images: {args.output / 'masks.png'}")
+    print(
+        f"{args.output / 'masks.png'}, in rows: the digits, the weights of one merged token, which patches go together, "
+        "and every patch replaced by the mean of its merged token"
+    )
 
     saved = args.output / "ltm_vit_digits"
     save_for_hf(ltm, saved, model_args=SHAPE, safe_serialization=True)  # the settings are in the weights
