@@ -47,7 +47,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="a folder in COCO's format; drawn under OUTPUT if not given")
+    parser.add_argument("data", nargs="?", help="a folder in COCO's format; drawn under output/detection if not given")
     parser.add_argument("--detector", choices=DETECTORS, default="ssdlite")
     parser.add_argument("--backbone", default="ltm_mobilevit_s", help="name, checkpoint or folder")
     add_model_arguments(parser)
@@ -260,9 +260,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.data is None:
-        args.data = args.output.parent.parent / f"drawn_{args.size or 320}"
-        if not rank() and not (Path(args.data) / "val.json").exists():
-            draw(args.data, *args.drawn, size=args.size or 320, backgrounds=args.backgrounds)
+        size, photos = args.size or 320, f"_{Path(args.backgrounds).name}" if args.backgrounds else ""
+        args.data = Path("output/detection", f"drawn_{size}_{args.drawn[0]}_{args.drawn[1]}{photos}")
+        if not rank() and not (args.data / "val.json").exists():
+            draw(args.data, *args.drawn, size=size, backgrounds=args.backgrounds)
         if world() > 1:
             dist.barrier()
     masks = args.detector == "mask_rcnn"

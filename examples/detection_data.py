@@ -251,7 +251,7 @@ def draw(
         rng = np.random.default_rng([seed, split == "val"])
         (folder / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for i in tqdm(range(1, number + 1), desc=f"drawing {split}", unit="image", leave=False):
+        for i in tqdm(range(1, number + 1), desc=f"drawing {split}", unit="image", leave=False, disable=None):
             picture, objects = _picture(rng, size, of, photos)
             images.append({"id": i, "file_name": f"{i:06d}.png", "height": size, "width": size})
             Image.fromarray(picture).save(folder / split / images[-1]["file_name"])
