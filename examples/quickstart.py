@@ -166,8 +166,8 @@ def main() -> None:
 
     mask_figure(x_test[:8], ltm.forward_masks(x_test[:8]), args.output / "masks.png")
     print(
-        f"{args.output / 'masks.png'}, in rows: the digits, the weights of one merged token, which patches go together, "
-        "and every patch replaced by the mean of its merged token"
+        f"{args.output / 'masks.png'}, in rows: the digits, the weights of one merged token, what goes together, and "
+        "every patch replaced by the mean of its merged token"
     )
 
     saved = args.output / "ltm_vit_digits"
