@@ -59,7 +59,8 @@ def feature_backbone(
 
     Args:
         backbone: A name, or a classification model of timm, merging or plain; a copy of it without its head is used.
-        strides: Of the maps, pixels per cell; the deepest map of each. All from ``least`` on, if not given.
+        strides: Of the maps, pixels per cell; the deepest map of each. All from ``least`` on if not given,
+            or else the largest there is.
         least: Smallest stride where ``strides`` are not given.
         size: (H, W) of the images, which models of a fixed size are built for, and merging is planned for.
         pretrained: timm's weights, of a name.
@@ -89,8 +90,10 @@ def feature_backbone(
             "Give the classification model itself, not one wrapped by features_only.",
         )
     deepest = {entry["reduction"]: index for index, entry in enumerate(info)}
-    strides = sorted(s for s in deepest if s >= least) if strides is None else list(strides)
-    if not strides or any(s not in deepest for s in strides) or list(strides) != sorted(set(strides)):
+    if strides is None:
+        strides = sorted(s for s in deepest if s >= least) or [max(deepest)]
+    strides = list(strides)
+    if not strides or any(s not in deepest for s in strides) or strides != sorted(set(strides)):
         raise setting_error("strides", strides, f"some of {sorted(deepest)}, ascending", "Those are the model's.")
     return FeatureGetterNet(model, [deepest[s] for s in strides])
 
