@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["errors", "features_of", "images_of", "interval"]
+__all__ = ["errors", "features_of", "images_of", "interval", "outputs_of"]
 
 
 def features_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -19,7 +19,16 @@ def features_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         ``class``: the class token (B, D), of models that have one. ``mean``: the mean over the image (B, D).
         ``every``: all tokens, of the grid or of the last map (B, N, D).
     """
+    return _features(model, *model.forward_intermediates(x, indices=1))
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """:func:`features_of` and the logits (B, K) of the head, in one forward pass."""
     last, maps = model.forward_intermediates(x, indices=1)
+    return _features(model, last, maps), model.forward_head(last)
+
+
+def _features(model: nn.Module, last: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
     tokens = maps[-1].flatten(2).transpose(1, 2)  # B D H W -> B (H W) D
     if last.ndim != 3:
         return {"mean": tokens.mean(dim=1), "every": tokens}

@@ -284,6 +284,26 @@ class ClusterRefresh:
         _logger.debug("clusters refreshed: %s", self.report)
         return self.report
 
+    # Going on within an epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that stops within an epoch needs beside the model's checkpoint, to go on as if it never had."""
+        running = {name: _values_of(sums) for name, sums in self.running.items()}
+        return {"steps": self.steps, "skipped": self.skipped, "running": running, "log_q": dict(self.log_q)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, after the model's checkpoint was loaded."""
+        self.steps = 0
+        if state["steps"]:
+            self._begin_epoch()
+        for name, values in state["running"].items():
+            for key, value in values.items():
+                if isinstance(getattr(self.running[name], key), torch.Generator):
+                    getattr(self.running[name], key).set_state(value.cpu())
+                else:
+                    setattr(self.running[name], key, value.clone() if isinstance(value, Tensor) else value)
+        self.steps, self.skipped, self.log_q = state["steps"], state["skipped"], dict(state["log_q"])
+
     def _any_steps(self) -> bool:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return self.steps > 0
@@ -300,3 +320,9 @@ class ClusterRefresh:
                     for old, new in zip(theirs.buffers(), ours.buffers(), strict=True):
                         old.copy_(new)
             copy._read_epoch()
+
+
+def _values_of(sums: Any) -> dict[str, Any]:
+    """Of a reducer's running sums; what they refresh is in the model's checkpoint."""
+    values = {key: value for key, value in vars(sums).items() if not isinstance(value, nn.Module)}
+    return {key: v.get_state() if isinstance(v, torch.Generator) else v for key, v in values.items()}

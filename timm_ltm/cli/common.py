@@ -15,11 +15,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import is_model, load_checkpoint
+from timm.layers import to_2tuple
+from timm.models import is_model, list_models, load_checkpoint
 from torch import nn
 
 import timm_ltm
 from timm_ltm.models import ReducedModel
+from timm_ltm.models.registry import MODULES
 from timm_ltm.models.saved import is_own
 from timm_ltm.reduction import METHODS
 from timm_ltm.reduction.settings import nearest
@@ -115,7 +117,7 @@ def load_model(spec: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str
         model = timm.create_model(spec, pretrained=True, **kwargs)
     else:
         _check_name(spec)
-        model = timm.create_model(spec, pretrained=args.pretrained, **kwargs)
+        model = timm.create_model(spec, pretrained=args.pretrained, **_sized(spec, kwargs))
     return model.to(device).eval(), kwargs
 
 
@@ -167,13 +169,22 @@ def _of_checkpoint(path: Path, args: argparse.Namespace, kwargs: dict[str, Any])
     if "num_classes" not in kwargs and classes is not None:
         kwargs["num_classes"] = classes
     if "arch" in saved:
-        model = timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **_sized(name, kwargs))
         load_checkpoint(model, str(path), use_ema=args.ema)
     else:  # weights of anybody's, which timm renames and resizes as its own
-        overlay = {"file": str(path), "num_classes": classes or 0}
-        kwargs = {"num_classes": 0, **kwargs}
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        sized = _sized(name, {"num_classes": 0, **kwargs})
+        overlay = {**sized.pop("pretrained_cfg_overlay", {}), "file": str(path), "num_classes": classes or 0}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
     return model, kwargs
+
+
+def _sized(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with ``img_size`` where timm's plain model of this name has none: what it is said to be made for."""
+    plain, size = name.partition(".")[0], kwargs.get("img_size")
+    if size is None or not any(family.any_size and plain in list_models(module=m) for m, family in MODULES.items()):
+        return kwargs
+    overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "input_size": (3, *to_2tuple(size))}
+    return {**{n: v for n, v in kwargs.items() if n != "img_size"}, "pretrained_cfg_overlay": overlay}
 
 
 def _classes(name: str, state: dict[str, Any], saved: dict[str, Any]) -> int | None:

@@ -86,7 +86,8 @@ def tradeoff_figure(rows: Rows, path: str | Path | None = None) -> Figure:
 
     Args:
         rows: With ``method``, ``gmacs``, ``top1`` in percent, and perhaps ``top1_low`` and ``top1_high``, the ends of
-            an interval. Methods of one row are points.
+            an interval. Methods of one row are points. With ``training``, of which ``none`` is without, a panel for
+            each.
         path: A picture is written here, if given.
 
     Raises:
@@ -97,21 +98,32 @@ def tradeoff_figure(rows: Rows, path: str | Path | None = None) -> Figure:
     missing = [key for key in ("method", "gmacs", "top1") if not rows or key not in rows[0]]
     if missing:
         raise ValueError(f"rows: got none with {missing}, expected columns method, gmacs and top1. Add them.")
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        points = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["gmacs"]))
-        x, y = ([float(row[key]) for row in points] for key in ("gmacs", "top1"))
-        style = line_style(i)
-        if all(row.get("top1_low") not in (None, "") and row.get("top1_high") not in (None, "") for row in points):
-            low = [max(0.0, t - float(row["top1_low"])) for t, row in zip(y, points, strict=True)]
-            high = [max(0.0, float(row["top1_high"]) - t) for t, row in zip(y, points, strict=True)]
-            axis.errorbar(x, y, yerr=[low, high], label=method, capsize=2.5, elinewidth=0.9, **style)
-        else:
-            axis.plot(x, y, label=method, **style)
-    finish_axes(axis, "GMACs per image", "top-1 (%)")
-    axis.legend(fontsize=8)
+    panels = list(dict.fromkeys(row.get("training") for row in rows))
+    figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axis, training in zip(axes, panels, strict=True):
+        of_panel = [row for row in rows if row.get("training") == training]
+        for i, method in enumerate(methods):
+            _tradeoff_line(axis, [row for row in of_panel if row["method"] == method], method, line_style(i))
+        finish_axes(axis, "GMACs per image", "top-1 (%)")
+        if training:
+            axis.set_title("without training" if training == "none" else training, fontsize=10)
+    axes[0].legend(fontsize=8)
     return save(figure, path)
+
+
+def _tradeoff_line(axis: Any, rows: Rows, method: str, style: dict[str, Any]) -> None:
+    points = sorted(rows, key=lambda row: float(row["gmacs"]))
+    if not points:
+        return
+    x, y = ([float(row[key]) for row in points] for key in ("gmacs", "top1"))
+    if all(row.get("top1_low") not in (None, "") and row.get("top1_high") not in (None, "") for row in points):
+        low = [max(0.0, t - float(row["top1_low"])) for t, row in zip(y, points, strict=True)]
+        high = [max(0.0, float(row["top1_high"]) - t) for t, row in zip(y, points, strict=True)]
+        axis.errorbar(x, y, yerr=[low, high], label=method, capsize=2.5, elinewidth=0.9, **style)
+    else:
+        axis.plot(x, y, label=method, **style)
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:

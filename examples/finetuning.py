@@ -1,0 +1,212 @@
+"""Images kept decoded, and a training that goes on where it was killed, bit for bit: what compare.py trains by.
+
+Order, crops, flips and dropout of a step follow from the seed and the step's number alone: they are the same for all
+models, and nothing of them has to be saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+
+import timm_ltm
+from timm_ltm.models import ReducedModel
+
+THRESHOLD_LR = 5e-3  # of LTMP's paper
+
+
+class Pictures:
+    """Images as uint8 tensors (C, H, W), decoded when first asked for and kept while there is room.
+
+    Args:
+        samples: Files and their labels.
+        decode: Of an image.
+        room: Bytes that may be kept.
+        workers: Threads that decode.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], decode: Callable[[Image.Image], Tensor], room: float, workers: int
+    ) -> None:
+        self.files = [file for file, _ in samples]
+        self.labels = torch.tensor([label for _, label in samples])
+        self.decode, self.room, self.kept = decode, room, {}
+        self.pool = ThreadPoolExecutor(max(1, workers))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, indices: Sequence[int]) -> list[Tensor]:
+        """Those of these indices."""
+        return list(self.pool.map(self._one, indices))
+
+    def _one(self, index: int) -> Tensor:
+        image = self.kept.get(index)
+        if image is None:
+            with Image.open(self.files[index]) as file:
+                image = self.decode(file.convert("RGB"))
+            if self.room >= image.numel():
+                self.room -= image.numel()
+                self.kept[index] = image
+        return image
+
+
+def shortened(side: int) -> Callable[[Image.Image], Tensor]:
+    """Decode to a shorter side of at most that many pixels: crops are taken of it."""
+
+    def decode(image: Image.Image) -> Tensor:
+        factor = side / min(image.size)
+        if factor < 1:
+            image = image.resize([max(1, round(length * factor)) for length in image.size], Image.BICUBIC)
+        return pil_to_tensor(image)
+
+    return decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training: AdamW, a warm-up of the learning rate and its cosine, random crops and flips.
+
+    Args:
+        steps: Updates.
+        batch_size, lr, weight_decay, smoothing: As everywhere.
+        warmup: Steps of a rising learning rate.
+        scale: Share of the image that a crop has at least.
+        hflip: Share of images that are mirrored.
+        refresh_every: Steps between refreshes of clusters.
+        bfloat16: Forward passes under autocast.
+        channels_last: The memory format of weights and images.
+        save_every: Steps between saves.
+    """
+
+    steps: int
+    batch_size: int = 32
+    lr: float = 5e-5
+    weight_decay: float = 0.05
+    smoothing: float = 0.1
+    warmup: int = 0
+    scale: float = 0.5
+    hflip: float = 0.5
+    refresh_every: int = 100
+    bfloat16: bool = False
+    channels_last: bool = False
+    save_every: int = 100
+
+
+def batch_of(seed: int, step: int, count: int, size: int) -> list[int]:
+    """Indices of a step's images: every image once in an epoch, what is left of the last batch in none."""
+    epoch, place = divmod(step, max(1, count // size))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+    return order[place * size : (place + 1) * size].tolist()
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; thresholds, of a method whose training aims at a budget, have a learning rate of their own."""
+    reducers = [reducer for _, reducer in model.reducers()] if isinstance(model, ReducedModel) else []
+    own = [p for reducer in reducers if reducer.config.trains_budget for p in reducer.parameters()]
+    groups = param_groups_weight_decay(model, recipe.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
+    if own:
+        groups.append({"params": own, "lr": THRESHOLD_LR, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def train(
+    model: nn.Module,
+    pictures: Pictures,
+    normalize: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    recipe: Recipe,
+    seed: int,
+    state: Path,
+    title: str,
+) -> None:
+    """Train a model, plain or merging, in place; it is left in eval.
+
+    Args:
+        model: On its device.
+        pictures: To train on.
+        normalize: Of a batch of uint8 images (B, C, H, W), to the model's device.
+        size: (H, W) of crops.
+        recipe: How.
+        seed: Of order, crops, flips and dropout.
+        state: Everything is saved here; if it is there, training goes on from it.
+        title: Of the bar.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    refresh = timm_ltm.ClusterRefresh(model) if isinstance(model, ReducedModel) else None
+    saved = torch.load(state, map_location=device) if state.exists() else None
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+    optimizer, start = optimizer_of(model, recipe), 0
+    scheduler = CosineLRScheduler(optimizer, max(2, recipe.steps), warmup_t=recipe.warmup, t_in_epochs=False)
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+        if refresh is not None:
+            refresh.load_state_dict(saved["refresh"])
+    crop = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(recipe.scale, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(recipe.hflip),
+        ]
+    )
+    model.train()
+    bar = tqdm(range(start, recipe.steps), desc=title, unit="step", initial=start, total=recipe.steps, leave=False)
+    for step in bar:
+        torch.manual_seed(1_000_003 * seed + step)
+        indices = batch_of(seed, step, len(pictures), recipe.batch_size)
+        x = normalize(torch.stack([crop(image) for image in pictures.take(indices)]))
+        if recipe.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        targets = pictures.labels[indices].to(device)
+        scheduler.step_update(step + 1 if step < recipe.warmup else step)  # not a first step of rate 0
+        if refresh is not None:
+            refresh.labels(targets)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.smoothing)
+        total = loss if refresh is None else loss + refresh.loss(targets)
+        if not math.isfinite(total.item()):
+            raise ValueError(f"lr: got {recipe.lr}, with which the loss of {title} is {total.item()}. Use less.")
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        done = step + 1
+        if refresh is not None:
+            refresh.step(targets)
+            if done % recipe.refresh_every == 0 or done == recipe.steps:
+                refresh.epoch_end()
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            save({**saved, "refresh": None if refresh is None else refresh.state_dict()}, state)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def save(value: object, path: Path) -> None:
+    """As a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    torch.save(value, part)
+    os.replace(part, path)
