@@ -89,6 +89,8 @@ class CocoFolder(torch.utils.data.Dataset):
             if number:
                 _logger.warning("%s: %d %s were left out.", self.file, number, what)
         self.coco = COCO()
+        # COCO's evaluation takes the id 0 for no match, and knows an annotation by its id: they are numbered anew
+        good = [{**a, "id": k} for k, a in enumerate(good, 1)]
         self.coco.dataset = {**data, "images": there, "annotations": good}
         with contextlib.redirect_stdout(io.StringIO()):
             self.coco.createIndex()
