@@ -110,12 +110,12 @@ def check(monkeypatch, words):
         program, *rest = rest[1:] if rest[0] == "run" else rest
     if program.isupper():  # a placeholder
         return
-    if Path(program).name in TIMMS:
+    script = ROOT / program
+    if Path(program).name in TIMMS and not script.is_file():
         if SOURCE is not None and (Path(SOURCE) / Path(program).name).is_file():
             options = set(re.findall(r"'(--[\w-]+)'", (Path(SOURCE) / Path(program).name).read_text()))
             assert {word for word in rest if word.startswith("--")} <= options, words
         return
-    script = ROOT / program
     assert script.is_file(), f"{program}: there is no such script"
     if rest:
         parse(monkeypatch, script, rest)
