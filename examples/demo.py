@@ -67,8 +67,7 @@ class Answer(NamedTuple):
 class Demo:
     """Everything behind the page. Models are kept: a budget that was seen before takes two forward passes.
 
-    Args:
-        args: Of :func:`arguments`.
+    Made from what :func:`arguments` returns.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -93,9 +92,7 @@ class Demo:
         headless = not model.num_classes
         numbers = table(pair, F.cosine_similarity(plain, merging).item(), "pooled features" if headless else "logits")
         pictures = pictures_of(pair.merging, image, x, view)
-        if headless:
-            return Answer(pictures, numbers, None, None)
-        return Answer(pictures, numbers, likeliest(model, plain[0]), likeliest(model, merging[0]))
+        return Answer(pictures, numbers, *(None if headless else likeliest(model, y[0]) for y in (plain, merging)))
 
     def merges(self, name: str) -> bool:
         """Whether it was saved so, with a method and a budget that are its own."""
@@ -153,7 +150,7 @@ def pictures_of(model: ReducedModel, image: Tensor, x: Tensor, view: str) -> lis
         else:
             picture = (rebuilt if view == MEANS else sources_over)(image, weights, grid)
         N, P = masks.masks[layer].shape[1:]
-        pictures.append((picture, f"block {block + 1}: {N} tokens to {P}"))
+        pictures.append((picture, f"block {block + 1}: {N} to {P}"))
     return [((255 * p.clamp(0, 1)).byte().permute(1, 2, 0).numpy(), caption) for p, caption in pictures]  # H W 3
 
 
@@ -191,7 +188,7 @@ def page(demo: Demo) -> Any:
             answer = demo.answer(photo, name, method, budget, view)
             free = not demo.merges(name)
         except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="This does not work", duration=None) from None
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
         labels = [gr.update(value=p, visible=p is not None) for p in (answer.plain, answer.merging)]
         return [answer.pictures, answer.numbers, *labels, *[gr.update(interactive=free)] * 2]
 
@@ -211,16 +208,17 @@ def page(demo: Demo) -> Any:
                 view = gr.Radio(VIEWS, value=TOGETHER, label="picture", elem_id="view")
             with gr.Column(scale=3):
                 numbers = gr.Markdown(elem_id="numbers")
-                gallery = gr.Gallery(label="block by block", columns=4, height="auto", elem_id="blocks")
+                gallery = gr.Gallery(label="tokens block by block", columns=4, height="auto", elem_id="blocks")
                 with gr.Row():
-                    plain = gr.Label(label="plain model", elem_id="plain")
-                    merging = gr.Label(label="merging model", elem_id="merging")
-        given = [photo, model, method, budget, view]
+                    plain = gr.Label(label="plain model", show_heading=False, elem_id="plain")
+                    merging = gr.Label(label="merging model", show_heading=False, elem_id="merging")
+        given, shown = [photo, model, method, budget, view], [gallery, numbers, plain, merging]
         gr.on(
             [blocks.load, *(each.change for each in given)],
             show,
             given,
-            [gallery, numbers, plain, merging, method, budget],
+            [*shown, method, budget],
+            show_progress_on=shown,
             trigger_mode="always_last",
             concurrency_limit=1,  # latencies are of a machine that does nothing else
         )
@@ -239,7 +237,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def serve(args: argparse.Namespace, **settings: Any) -> tuple[Any, str]:
     """Open the page, in fonts that every machine has; settings are of Gradio's ``launch``. Blocks and address."""
     blocks = page(Demo(args))
-    import gradio as gr
+    import gradio as gr  # after the page, which sets what it reads
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     launch = dict(server_name=args.host, server_port=args.port, share=False, footer_links=[], theme=theme)

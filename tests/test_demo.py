@@ -24,6 +24,7 @@ page_of = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(page_of)
 CHINA, FLOWER = page_of.photos()
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+WAIT = 240_000  # ms; of a machine that does other things beside
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -73,7 +74,7 @@ def test_every_method_is_shown_block_by_block(small, method):
     assert share <= (1.0 if method == "ltmp" else 0.65)  # whose r_FLOPs leaves out matching, much of a tiny model
     captions = [caption for _, caption in answer.pictures]
     assert captions[0] == "photograph"
-    counts = [tuple(map(int, re.fullmatch(r"block \d+: (\d+) tokens to (\d+)", c).groups())) for c in captions[1:]]
+    counts = [tuple(map(int, re.fullmatch(r"block \d+: (\d+) to (\d+)", c).groups())) for c in captions[1:]]
     assert counts[0][0] == 100  # 160 pixels, patches of 16
     assert all(P == N for (_, P), (N, _) in itertools.pairwise(counts))
     assert counts[-1][1] < 100
@@ -90,17 +91,16 @@ def test_every_view_has_pictures_of_its_own(small):
 
 def test_models_are_kept(small, monkeypatch):
     """Of other photographs too, unless what the model costs depends on them."""
-    for method in ("tome", "ltmp"):
-        small.answer(CHINA, "test_vit", method, 0.65)
+    small.pair.cache_clear()
     made = []
     convert = timm_ltm.convert
     monkeypatch.setattr(timm_ltm, "convert", lambda *a, **k: made.append(a[1]) or convert(*a, **k))
-    for photo in (CHINA, FLOWER):
+    for photo in (CHINA, FLOWER, CHINA):
         for method in ("tome", "ltmp"):
             small.answer(photo, "test_vit", method, 0.65)
-    assert made == ["ltmp"]
+    assert made == ["tome", "ltmp", "ltmp"]
     small.answer(CHINA, "test_vit", "tome", 0.7)
-    assert made == ["ltmp", "tome"]
+    assert made[3:] == ["tome"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_merging_model_is_shown_as_it_is():
     answer = found.answer(CHINA, "tome_test_vit", "ltm", 0.65)
     cells = rows(answer.numbers)
     assert set(cells) == {"plain", "tome"}
-    assert answer.pictures[1][1] == "block 1: 100 tokens to 92"
+    assert answer.pictures[1][1] == "block 1: 100 to 92"
     assert not found.merges("test_vit")
     plain = found.pair("tome_test_vit", "ltm", 0.65, CHINA).plain
     assert cells["plain"][0] == f"{gmacs(plain):.3f}"
@@ -194,8 +194,8 @@ def test_in_a_browser(browser, tmp_path):
     asked, problems = [], []
     try:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(WAIT)
+        expect.set_options(timeout=WAIT)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(url)
@@ -214,9 +214,7 @@ def test_in_a_browser(browser, tmp_path):
         first, before = share(), sources()
         assert 0.6 < first <= 0.65
 
-        slider = page.locator("#budget input[type=range]")
-        for _ in range(4):
-            slider.press("ArrowRight")
+        page.locator("#budget input[type=range]").fill("0.85")
         expect(numbers).to_contain_text(re.compile(r"\(0\.8[1-5]\d*\)"))
         expect(pictures.nth(1)).not_to_have_attribute("src", before[1])
         moved = sources()
@@ -235,6 +233,8 @@ def test_in_a_browser(browser, tmp_path):
         box.fill("test_resnet")
         box.press("Enter")
         expect(page.get_by_text("got 'ResNet', expected one of timm's")).to_be_visible()
+        expect(page.locator("#method input")).to_have_value("tofu")
+        expect(page.locator("#method").get_by_text("Error")).not_to_be_visible()  # choices stay within reach
         page.screenshot(path=tmp_path / "page.png")
     finally:
         blocks.close()
