@@ -334,6 +334,8 @@ def train(
         loss = train_epoch(
             model, loader, optimizer, schedule, refresh, scaler, args, device, num_classes, title
         )  # fmt: skip
+        for buffer in detector.buffers() if world() > 1 else ():
+            dist.broadcast(buffer, 0)  # statistics of batch norms are each process's own: all evaluate what is saved
         last = epoch + 1 == args.epochs
         if last or (epoch + 1) % args.eval_every == 0:
             told = evaluate(detector, sets[1], device, args.batch_size, args.workers, masks)

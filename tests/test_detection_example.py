@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -127,7 +130,7 @@ def test_broken_files_are_named(tmp_path):
 def test_average_precision_by_hand(tmp_path):
     """One image, two boxes of a class. Found, in order of score: one exactly, nothing, the other with an IoU of 0.62.
 
-    Precision at recall 0.5 is 1; at recall 1, where 0.62 is enough, 2/3. Over 101 recalls AP50 is (51 + 50 * 2/3) / 101,
+    Precision at recall 0.5 is 1; at recall 1, where 0.62 is enough, 2/3. Over 101 recalls AP50 is (51 + 50 * 2/3) / 101
     and AP75 51 / 101. Of the ten thresholds 0.5, 0.55 and 0.6 take the second box.
     """
     other = [35.0, 20.0, 10.0, 10.0]
@@ -226,3 +229,59 @@ def test_frozen_clusters_stay(tmp_path):
     clusters = [value for key, value in state.items() if key.endswith("clusters.centroids")]
     assert clusters
     assert not any(value.any() for value in clusters)
+
+
+@pytest.mark.slow
+def test_mask_rcnn_in_bfloat16(tmp_path):
+    """Of the example: masks are trained and evaluated, batch norms stay as they are."""
+    example = load("detection")
+    data.draw(tmp_path / "set", train=4, val=2, size=64)
+    few = "rpn_post_nms_top_n_train=30 rpn_post_nms_top_n_test=20 box_batch_size_per_image=8 box_detections_per_img=3"
+    told = example.main(
+        [
+            str(tmp_path / "set"), *ARGUMENTS.split(), "--detector", "mask_rcnn", "--amp", "bfloat16", "--freeze-norms",
+            "--detector-kwargs", *few.split(), "width=16", "--output", str(tmp_path / "run"),
+        ]
+    )  # fmt: skip
+    assert set(told) == {f"{of}_{k}" for of in ("box", "mask") for k in ("mAP", "AP50", "AP75")}
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    means = [value for key, value in state.items() if "body" in key and key.endswith("running_mean")]
+    assert means
+    assert not any(value.any() for value in means)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_timms_is_converted(tmp_path):
+    """--backbone FILE --merge: weights are the file's, in a detector that merges."""
+    example = load("detection")
+    data.draw(tmp_path / "set", train=4, val=1, size=64)
+    model = timm.create_model("mobilevit_xxs", num_classes=3)
+    torch.save({"arch": "mobilevit_xxs", "state_dict": model.state_dict()}, tmp_path / "model.pth.tar")
+    args = example.arguments(
+        ["--backbone", str(tmp_path / "model.pth.tar"), "--merge", "tome", "compression_ratio=0.5", "--size", "64"]
+    )
+    detector = example.build(args, 5)
+    body = detector.backbone.body.model
+    assert body.method == "tome"
+    assert torch.equal(body.stem.conv.weight, model.stem.conv.weight)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Under torchrun both end with the same weights and clusters, and all images are evaluated."""
+    data.draw(tmp_path / "set", train=8, val=3, size=64)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        str(EXAMPLES / "detection.py"), str(tmp_path / "set"), *ARGUMENTS.split(), "--device", "cpu",
+        "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    example = load("detection")
+    run = [str(tmp_path / "set"), *ARGUMENTS.split(), "--evaluate", str(tmp_path / "run" / "last.pt")]
+    assert example.main([*run, "--output", str(tmp_path / "one")]) == pytest.approx(saved["told"])
+    clusters = [value for key, value in saved["model"].items() if key.endswith("clusters.centroids")]
+    assert all(value.any() for value in clusters)
