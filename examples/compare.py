@@ -114,6 +114,8 @@ def settings_in(args: argparse.Namespace) -> dict[str, dict[str, object]]:
         if not args.checkpoint.is_file():
             raise CommandError(f"--checkpoint: got {str(args.checkpoint)!r}, expected a file.")
         found["checkpoint"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+    elif not args.pretrained:
+        found |= {name: getattr(args, name) for name in ("scale", "hflip", "bfloat16")}
     trains = args.steps or args.epochs
     return {"measured": found, **({"trained": {name: getattr(args, name) for name in TRAINED}} if trains else {})}
 
@@ -232,6 +234,7 @@ class Comparison:
 
     # Models
 
+    @cache  # noqa: B019  one comparison in a process
     def merging(self, words: tuple[str, ...], budget: float) -> nn.Module | str:
         """The model of a method for a budget, sharing the plain one's weights; or why there is none."""
         method, given = words[0], settings_of(words[1:])
@@ -278,7 +281,6 @@ class Comparison:
             aim = min(aim * (budget - 0.003) / share, 0.999)
         return model
 
-    @cache  # noqa: B019  one comparison in a process
     def model(self, name: str) -> nn.Module:
         """By the name of its results."""
         return self.plain if name == "plain" else self.merging(*self.named[name])
