@@ -11,6 +11,10 @@ from timm_ltm.cost import gmacs, input_size_of
 
 SHAPE = dict(img_size=96, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=10)  # 144 tokens
 
+on_meta = pytest.mark.skipif(
+    timm.__version__ == "1.0.29", reason="EfficientViT of timm before 1.0.30 does not run on torch's meta device"
+)
+
 
 def plain(**kwargs):
     return timm.create_model("vit_tiny_patch16_224", **{**SHAPE, **kwargs}).eval()
@@ -73,12 +77,14 @@ def test_what_a_budget_chose_is_saved_as_ratios():
     torch.testing.assert_close(other(x), merging(x))
 
 
+@on_meta
 def test_budgets_of_maps():
     model = timm.create_model("efficientvit_b0", device="meta").eval()
     merging = timm_ltm.convert(model, "ltm", gmacs=0.8)
     assert 0.7 < gmacs(merging) / gmacs(model) <= 0.8  # a map loses whole rows and columns
 
 
+@on_meta
 def test_a_budget_is_of_the_size_that_merging_is_planned_for():
     model = timm.create_model("ltm_efficientvit_b0", img_size=320, gmacs=0.8, device="meta").eval()
     assert input_size_of(model) == (3, 320, 320)
