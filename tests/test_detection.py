@@ -188,6 +188,14 @@ def test_torchvisions_arguments_pass_through():
             lambda: detection.mask_rcnn("vit_tiny_patch16_224", 4, 56, backbone_kwargs=dict(patch_size=14, depth=1)),
             r"strides: got \[14\], expected powers of 2",
         ),
+        (
+            lambda: detection.mask_rcnn("ltm_vit_tiny_patch16_224", 4, backbone_kwargs=dict(depth=1)),
+            r"size: got None, expected \(224, 224\), which the backbone is made for",
+        ),
+        (
+            lambda: detection.ssdlite(timm.create_model("vit_tiny_patch16_224", depth=1), 4, 96),
+            r"size: got \(96, 96\), expected \(224, 224\)",
+        ),
         (lambda: detection.gmacs(torch.nn.Linear(1, 1)), "detector: got 'Linear', expected torchvision's SSD"),
     ],
 )

@@ -67,7 +67,8 @@ def feature_backbone(
         **backbone_kwargs: Of ``timm.create_model``, of a name.
 
     Raises:
-        ValueError: There is no such map, or arguments for a model that is made already.
+        ValueError: There is no such map, the backbone is made for another size, or a model that is made already has
+            arguments.
     """
     if isinstance(backbone, str):
         name = backbone.partition(".")[0]
@@ -88,6 +89,12 @@ def feature_backbone(
             type(model).__name__,
             "a timm model with feature_info and forward_intermediates",
             "Give the classification model itself, not one wrapped by features_only.",
+        )
+    embed = getattr(model, "patch_embed", None)
+    made_for = tuple(embed.img_size) if getattr(embed, "strict_img_size", False) and embed.img_size else None
+    if made_for is not None and (size is None or to_2tuple(size) != made_for):
+        raise setting_error(
+            "size", size, f"{made_for}, which the backbone is made for", "Give that, or a backbone of another img_size."
         )
     deepest = {entry["reduction"]: index for index, entry in enumerate(info)}
     if strides is None:
