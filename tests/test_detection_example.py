@@ -285,3 +285,21 @@ def test_two_processes(tmp_path):
     assert example.main([*run, "--output", str(tmp_path / "one")]) == pytest.approx(saved["told"])
     clusters = [value for key, value in saved["model"].items() if key.endswith("clusters.centroids")]
     assert all(value.any() for value in clusters)
+
+
+def test_augmented_targets_stay_targets(tmp_path):
+    """Colours, zoom and crops: boxes lie in the image and have an area, masks are of its size, none may be left."""
+    example = load("detection")
+    write(tmp_path, [{"bbox": BOX, "segmentation": SQUARE}, {"bbox": [40, 20, 15, 15], "segmentation": SQUARE}])
+    of = data.CocoFolder(tmp_path, "train", example.transforms("ssd")[0], masks=True)
+    sizes = set()
+    for _ in range(20):
+        for image, target in (of[0], of[1]):
+            boxes, (H, W) = target["boxes"], image.shape[1:]
+            assert len(boxes) == len(target["labels"]) == len(target["masks"])
+            assert target["masks"].shape[1:] == (H, W)
+            assert (boxes[:, 2:] > boxes[:, :2]).all()
+            assert (boxes >= 0).all()
+            assert (boxes <= torch.tensor([W, H, W, H])).all()
+            sizes.add((H, W))
+    assert len(sizes) > 5
