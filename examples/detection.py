@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detection_data import CocoFolder, average_precision, draw, results_of
+from detection_data import CocoFolder, average_precision, both_splits, draw, results_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset
@@ -250,13 +250,13 @@ def decayed(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = arguments(argv)
-    logging.basicConfig(level=logging.INFO if not rank() else logging.WARNING, format="%(message)s")
     device = torch.device(args.device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+    logging.basicConfig(level=logging.INFO if not rank() else logging.WARNING, format="%(message)s")
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.data is None:
@@ -267,16 +267,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if world() > 1:
             dist.barrier()
     masks = args.detector == "mask_rcnn"
-    sets = [
-        CocoFolder(args.data, split, transform, masks, args.skip_missing)
-        for split, transform in zip(("train", "val"), transforms(args.augment), strict=True)
-    ]
+    sets = both_splits(args.data, transforms(args.augment), masks, args.skip_missing)
     num_classes = len(sets[0].categories) + 1
-    if sets[0].categories != sets[1].categories:
-        raise ValueError(
-            f"{sets[1].file}: got categories {sets[1].names}, expected those of training, {sets[0].names}. Write both "
-            "files with the same."
-        )
     detector = build(args, num_classes).to(device)
     _logger.info("%d training images, %d to evaluate, %d classes", len(sets[0]), len(sets[1]), num_classes - 1)
     _logger.info("%.2f M parameters", sum(p.numel() for p in detector.parameters()) / 1e6)
@@ -284,9 +276,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         detector.load_state_dict(torch.load(args.evaluate, map_location=device, weights_only=True)["model"])
         told = evaluate(detector, sets[1], device, args.batch_size, args.workers, masks)
         _logger.info(", ".join(f"{k} {v:.1f}" for k, v in told.items()))
-        picture(detector, sets[1], device, args.output / "predictions.png")
-        return told
-    told = train(args, detector, sets, device, num_classes, masks)
+        if not rank():
+            picture(detector, sets[1], device, args.output / "predictions.png")
+    else:
+        told = train(args, detector, sets, device, num_classes, masks)
     if dist.is_initialized():
         dist.destroy_process_group()
     return told
@@ -336,8 +329,8 @@ def train(
         )  # fmt: skip
         for buffer in detector.buffers() if world() > 1 else ():
             dist.broadcast(buffer, 0)  # statistics of batch norms are each process's own: all evaluate what is saved
-        last = epoch + 1 == args.epochs
-        if last or (epoch + 1) % args.eval_every == 0:
+        told = {}  # of this epoch
+        if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
             told = evaluate(detector, sets[1], device, args.batch_size, args.workers, masks)
         if rank():
             continue
@@ -357,6 +350,7 @@ def train(
 
 
 def _write_row(file: Path, row: dict[str, Any], new: bool) -> None:
+    new = new or not file.exists()  # resumed from another folder
     with open(file, "w" if new else "a", newline="") as stream:
         writer = csv.DictWriter(stream, list(row))
         if new:

@@ -194,6 +194,22 @@ def _first(paths: Sequence[Path], what: str) -> Path:
     raise ValueError(f"{what}: got none, expected one of {', '.join(map(str, paths))}. Give a folder in COCO's format.")
 
 
+def both_splits(
+    root: str | Path, transforms: Sequence[Callable[..., Any] | None], masks: bool, skip_missing: bool
+) -> list[CocoFolder]:
+    """Training and validation, of the same categories."""
+    train, val = (
+        CocoFolder(root, split, transform, masks, skip_missing)
+        for split, transform in zip(("train", "val"), transforms, strict=True)
+    )
+    if train.categories != val.categories:
+        raise ValueError(
+            f"{val.file}: got categories {val.names}, expected those of training, {train.names}. Write both files with "
+            "the same."
+        )
+    return [train, val]
+
+
 def results_of(data: CocoFolder, image_id: int, found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """A detector's output for one image as COCO's results."""
     boxes = found["boxes"].detach().cpu().double()
@@ -210,6 +226,8 @@ def results_of(data: CocoFolder, image_id: int, found: dict[str, Tensor]) -> lis
 
 def average_precision(data: CocoFolder, results: list[dict[str, Any]], masks: bool = False) -> dict[str, float]:
     """COCO's mAP, AP50 and AP75 in percent, of boxes and of masks, by pycocotools."""
+    if all(a["iscrowd"] for a in data.coco.anns.values()):
+        raise ValueError(f"{data.file}: got no object to find, expected some. Evaluate on images with annotations.")
     told = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
         stats = [0.0] * 3

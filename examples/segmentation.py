@@ -21,7 +21,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from detection_data import CocoFolder, draw
+from detection_data import CocoFolder, both_splits, draw
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import as_table, parameters_of, settings_of
+from timm_ltm.cli.common import CommandError, as_table, parameters_of, settings_of
 from timm_ltm.cost import gmacs
 from timm_ltm.detection import image_labels
 from timm_ltm.models import ReducedModel
@@ -70,7 +70,7 @@ def build(name: str, decoder: str, classes: int, size: int, pretrained: bool, se
 
 @torch.no_grad()
 def mean_iou(model: nn.Module, loader: DataLoader, classes: int, device: torch.device) -> float:
-    """In percent: of each class over all pixels of all images, then the mean."""
+    """In percent: of each class over all pixels of all images, then the mean of classes that are seen or found."""
     model.eval()
     counts = torch.zeros(4, classes, dtype=torch.int64)
     for images, targets, _ in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
@@ -79,8 +79,8 @@ def mean_iou(model: nn.Module, loader: DataLoader, classes: int, device: torch.d
         counts += torch.stack(
             [c.sum(dim=0) for c in smp.metrics.get_stats(found, targets, "multiclass", num_classes=classes)]
         )
-    tp, fp, fn, tn = counts[:, None]
-    return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="macro", zero_division=1.0).item()
+    tp, fp, fn, tn = counts[:, None, counts[:3].any(dim=0)]
+    return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="macro").item()
 
 
 def train(model: nn.Module, loader: DataLoader, args: argparse.Namespace, classes: int, name: str) -> list[float]:
@@ -140,16 +140,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.output.mkdir(parents=True, exist_ok=True)
     if args.data is None:
         args.data = args.output / f"drawn_{args.size}_{args.drawn[0]}_{args.drawn[1]}"
         if not (args.data / "val.json").exists():
             draw(args.data, *args.drawn, size=args.size)
-    sets = [CocoFolder(args.data, split, masks=True, skip_missing=args.skip_missing) for split in ("train", "val")]
-    if sets[0].categories != sets[1].categories:
-        raise ValueError(
-            f"{sets[1].file}: got categories {sets[1].names}, expected those of training, {sets[0].names}. Write both "
-            "files with the same."
-        )
+    sets = both_splits(args.data, (None, None), True, args.skip_missing)
     classes, rows = len(sets[0].categories) + 1, []
     for name in args.encoders:
         torch.manual_seed(args.seed)
@@ -162,6 +158,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             )
             for data, train in zip(sets, (True, False), strict=True)
         ]  # fmt: skip
+        torch.manual_seed(args.seed)  # flips are those of the other encoders, whatever their making drew
         loss = train(model, loaders[0], args, classes, name)[-1]
         iou = mean_iou(model, loaders[1], classes, torch.device(args.device))
         rows.append(
@@ -179,5 +176,5 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, CommandError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -168,7 +168,10 @@ def test_torchvisions_arguments_pass_through():
     assert [m.shape[1] for m in detector.backbone(torch.rand(2, 3, 128, 96)).values()][2:] == [32, 16]
     assert make("vit_tiny_patch16_224").transform.image_mean == [0.5, 0.5, 0.5]  # the backbone's own
     free = detection.mask_rcnn("ltm_mobilevit_xxs", 4, **{**FEW, "min_size": 64, "max_size": 96}).eval()
+    fixed = dict(BACKBONES["vit_tiny_patch16_224"], depth=1)
+    fixed = detection.mask_rcnn("ltm_vit_tiny_patch16_224", 4, 56, backbone_kwargs=fixed, **FEW).eval()
     with torch.no_grad():
+        assert len(fixed([torch.rand(3, 50, 70)])) == 1  # not padded to 64, which such a backbone refuses
         assert len(free([torch.rand(3, 50, 70), torch.rand(3, 90, 60)])) == 2  # resized by their sides, and padded
 
 

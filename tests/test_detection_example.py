@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -147,6 +148,51 @@ def test_average_precision_by_hand(tmp_path):
     assert told["box_AP75"] == pytest.approx(one)
     assert told["box_mAP"] == pytest.approx((3 * both + 7 * one) / 10)
     assert data.average_precision(of, []) == {"box_mAP": 0.0, "box_AP50": 0.0, "box_AP75": 0.0}
+    write(tmp_path / "crowd", [{"bbox": BOX, "iscrowd": 1}])
+    with pytest.raises(ValueError, match=r"train\.json: got no object to find, expected some"):
+        data.average_precision(data.CocoFolder(tmp_path / "crowd", "train"), [])
+
+
+class Perfect(torch.nn.Module):
+    """Finds what there is, in images that a detector would be given in this order."""
+
+    def __init__(self, of, order):
+        super().__init__()
+        self.truth = [of[i][1] for i in order]
+
+    def forward(self, images):
+        now, self.truth = self.truth[: len(images)], self.truth[len(images) :]
+        return [{"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in now]
+
+
+def test_processes_share_the_images(tmp_path, monkeypatch):
+    """Of three images one process finds two, the other one; together they find everything, alone they do not."""
+    example = load("detection")
+    images = [(i, f"{i}.png") for i in (1, 2, 3)]
+    write(tmp_path, [{"bbox": BOX, "image_id": i} for i, _ in images], images)
+    of, others = data.CocoFolder(tmp_path, "train", example.transforms("none")[1]), []
+
+    def gather(everyone, results):
+        everyone[:] = [results, list(others)]
+        others.extend(results)
+
+    monkeypatch.setattr(example, "world", lambda: 2)
+    monkeypatch.setattr(example.dist, "all_gather_object", gather)
+    found = []
+    for rank, order in ((0, (0, 2)), (1, (1,))):
+        monkeypatch.setattr(example, "rank", lambda rank=rank: rank)
+        told = example.evaluate(Perfect(of, order), of, torch.device("cpu"), 1, 0, False)
+        found.append(told["box_mAP"])
+    assert found[0] == pytest.approx(100 * 67 / 101)  # two of three: recalls 0 to 0.66 of 101
+    assert found[1] == pytest.approx(100)
+    assert sorted(row["image_id"] for row in others) == [1, 2, 3]
+
+
+def test_categories_of_both_splits_are_the_same(tmp_path):
+    write(tmp_path, [{"bbox": BOX}])
+    write(tmp_path, [{"bbox": BOX}], categories=(5, 8), split="val")
+    with pytest.raises(ValueError, match=r"val\.json: got categories \['c5', 'c8'\], expected those of training"):
+        data.both_splits(tmp_path, (None, None), False, False)
 
 
 def test_average_precision_of_masks(tmp_path):
@@ -216,6 +262,7 @@ def test_a_run_that_resumes_is_one_that_never_stopped(tmp_path):
     assert clusters
     assert all(value.any() for value in clusters)
     assert len((tmp_path / "cut" / "summary.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "cut" / "summary.csv").read_bytes() == (tmp_path / "whole" / "summary.csv").read_bytes()
     again = example.main([*run, "--evaluate", str(tmp_path / "whole" / "last.pt"), "--output", str(tmp_path / "again")])
     assert again == told
     assert Image.open(tmp_path / "again" / "predictions.png").width > 320
@@ -224,11 +271,18 @@ def test_a_run_that_resumes_is_one_that_never_stopped(tmp_path):
 def test_frozen_clusters_stay(tmp_path):
     example = load("detection")
     data.draw(tmp_path / "set", train=4, val=1, size=64)
-    example.main([str(tmp_path / "set"), *ARGUMENTS.split(), "--freeze-clusters", "--output", str(tmp_path / "run")])
+    run = [str(tmp_path / "set"), *ARGUMENTS.split(), "--freeze-clusters", "--eval-every", "2"]
+    example.main([*run, "--output", str(tmp_path / "run")])
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     clusters = [value for key, value in state.items() if key.endswith("clusters.centroids")]
     assert clusters
     assert not any(value.any() for value in clusters)
+    example.main([*run, "--epochs", "3", "--resume", str(tmp_path / "run"), "--output", str(tmp_path / "on")])
+    with open(tmp_path / "on" / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["2"]
+    with open(tmp_path / "run" / "summary.csv", newline="") as file:
+        assert [bool(row["box_mAP"]) for row in csv.DictReader(file)] == [False, True]  # none of an epoch not evaluated
 
 
 @pytest.mark.slow

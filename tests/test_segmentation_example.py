@@ -25,16 +25,16 @@ def test_pixels_and_labels(tmp_path):
 
 
 def test_mean_iou_by_hand():
-    """Two images of 2 x 2 pixels and three classes: IoU 2/4, 1/3 and 2/4."""
+    """Two images of 2 x 2 pixels and three classes: IoU 2/4, 1/3 and 2/4; a fourth that is nowhere does not count."""
     example = load("segmentation")
     found = torch.tensor([[[0, 0], [1, 1]], [[2, 2], [0, 2]]])
     truth = torch.tensor([[[0, 0], [1, 2]], [[2, 2], [1, 0]]])
 
     class Answer(torch.nn.Module):
         def forward(self, x):
-            return torch.nn.functional.one_hot(found, 3).permute(0, 3, 1, 2).float()
+            return torch.nn.functional.one_hot(found, 4).permute(0, 3, 1, 2).float()
 
-    iou = example.mean_iou(Answer(), [(torch.zeros(2, 3, 2, 2), truth, None)], 3, torch.device("cpu"))
+    iou = example.mean_iou(Answer(), [(torch.zeros(2, 3, 2, 2), truth, None)], 4, torch.device("cpu"))
     assert iou == pytest.approx(100 * (2 / 4 + 1 / 3 + 2 / 4) / 3)
 
 
@@ -74,10 +74,10 @@ def test_the_whole_example(tmp_path):
     example = load("segmentation")
     data.draw(tmp_path / "set", 8, 2, 64)
     rows = example.main(
-        [str(tmp_path / "set"), "--size", "64", "--epochs", "1", "--batch-size", "4", "--output", str(tmp_path)]
+        [str(tmp_path / "set"), "--size", "64", "--epochs", "1", "--batch-size", "4", "--output", str(tmp_path / "run")]
     )
     assert [row["encoder"] for row in rows] == ["ltm_mobilevit_xxs", "mobilevit_xxs"]
     assert all(0 <= row["mIoU"] <= 100 for row in rows)
     assert rows[0]["GMACs"] < rows[1]["GMACs"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.1)
-    assert (tmp_path / "Unet_ltm_mobilevit_xxs.pt").is_file()
+    assert (tmp_path / "run" / "Unet_ltm_mobilevit_xxs.pt").is_file()

@@ -260,6 +260,7 @@ def mask_rcnn(
     if size is not None:
         h, w = to_2tuple(size)
         defaults.update(min_size=min(h, w), max_size=max(h, w), fixed_size=(w, h))  # torchvision's order
+        defaults.update(size_divisible=1)  # else torchvision pads to a multiple of 32, another size
     return MaskRCNN(pyramid, num_classes, **_defaults(body.model, {**defaults, **kwargs}))
 
 

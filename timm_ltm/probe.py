@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ def fit_head(
     loader: Iterable[tuple[Tensor, Tensor]],
     strength: float = 0.1,
     steps: int = 300,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> float:
     """Fit a timm model's classifier to what it makes of images, pooled as it pools; all else stays as it is.
 
@@ -30,7 +28,6 @@ def fit_head(
         loader: Batches of images (B, C, H, W) and labels (B,), each image once.
         strength: C of scikit-learn: the sum of losses counts that much against half the squared length of the weights.
         steps: Of L-BFGS at most.
-        progress: Wraps the loader, to show it.
 
     Returns:
         The share of these images that it gets right.
@@ -45,7 +42,7 @@ def fit_head(
             f"model: got a classifier {type(heads[0]).__name__}, expected a linear one with a bias. Call "
             "model.reset_classifier(num_classes) before."
         )
-    x, y = _features(model.eval(), progress(loader))
+    x, y = _features(model.eval(), loader)
     n, K = len(x), heads[0].out_features
     if y.amin() < 0 or y.amax() >= K:
         raise ValueError(f"loader: got labels from {int(y.amin())} to {int(y.amax())}, expected 0 to {K - 1}.")
