@@ -294,10 +294,8 @@ def train(
     masks: bool,
 ) -> dict[str, float]:
     """All epochs, from where a checkpoint stopped; the last evaluation."""
-    generator = torch.Generator()
-    sampler = (
-        DistributedSampler(sets[0], seed=args.seed) if world() > 1 else RandomSampler(sets[0], generator=generator)
-    )
+    generator, seed = torch.Generator(), 1_000_003 * args.seed  # no epoch draws as one of another seed
+    sampler = DistributedSampler(sets[0], seed=seed) if world() > 1 else RandomSampler(sets[0], generator=generator)
     loader = DataLoader(
         sets[0], args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.workers,
         drop_last=len(sets[0]) >= args.batch_size * world(),
@@ -321,8 +319,8 @@ def train(
     for epoch in range(start, args.epochs):
         if world() > 1:
             sampler.set_epoch(epoch)
-        generator.manual_seed(args.seed + epoch)
-        torch.manual_seed(1000 * (args.seed + epoch) + rank())  # a resumed run draws as one that was not stopped
+        generator.manual_seed(seed + epoch)
+        torch.manual_seed(1000 * (seed + epoch) + rank())  # a resumed run draws as one that was not stopped
         title, lr = f"epoch {epoch + 1}/{args.epochs}", schedule.get_last_lr()[0]
         loss = train_epoch(
             model, loader, optimizer, schedule, refresh, scaler, args, device, num_classes, title
