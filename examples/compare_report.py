@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -16,10 +15,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from finetuning import whole
 
 import timm_ltm
 from timm_ltm.cli.common import write_csv
 from timm_ltm.fidelity import interval
+from timm_ltm.reduction import METHODS
 
 
 class Store:
@@ -39,9 +40,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         for kind, array in (arrays or {}).items():
             np.save(self.path(name, f".{kind}.npy"), array)
-        part = self.path(name, ".json.part")
-        part.write_text(json.dumps({"name": name, **values, "kinds": list(arrays or {})}))
-        os.replace(part, self.path(name, ".json"))
+        with whole(self.path(name, ".json")) as part:
+            part.write_text(json.dumps({"name": name, **values, "kinds": list(arrays or {})}))
 
     def read(self, name: str) -> dict[str, Any]:
         return json.loads(self.path(name, ".json").read_text())
@@ -107,9 +107,9 @@ def rows_of(
         for kind in [kind for kind in ("class", "mean") if kind in arrays]:
             row |= with_interval(f"{kind}_error", 1e3 * arrays[kind][None])
         for size in batch_sizes:
-            taken = read[0].get("times", {}).get(str(size))
-            if not seeds and store.has(f"speed {size}"):
-                taken = store.read(f"speed {size}")["times"]
+            taken, timed = read[0].get("times", {}).get(str(size)), f"speed{' fine-tuned' if seeds else ''} {size}"
+            if store.has(timed):
+                taken = store.read(timed)["times"]  # earlier versions kept those of fine-tuned models by model
             if taken and name in taken:
                 row |= speed_of(size, taken, name)
         rows.append(row)
@@ -162,18 +162,31 @@ def report(
     rows = [row for of in tables.values() for row in of]
     heads = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(args.out / "compare.csv", [{head: row.get(head, "") for head in heads} for row in rows])
+    drawn = "images drawn in pairs"
+    if len(seeds) > 1:
+        drawn += ", of fine-tuned models seeds too"
+    elif seeds:
+        drawn += ", and of one seed: how much another would change is not in them"
+    of_images = [f"`{' '.join(words)}`" for words in merges if METHODS[words[0]].by_image]
+    by_image = (
+        f" The cost of {' and '.join(of_images)} depends on the images, and is only near to the budget: read what is "
+        "gained with the column of ratios."
+        if of_images
+        else ""
+    )
     text = [
         f"# {args.model}, {size[1]} x {size[2]}, {rows[0]['images']} images",
         f"`python {shlex.join(sys.argv)}`",
         f"timm_ltm {timm_ltm.__version__}, timm {timm.__version__}, torch {torch.__version__}, {args.device}, "
-        f"{torch.get_num_threads()} threads. In brackets: intervals of 95 %, images"
-        f"{' and seeds' if seeds else ''} drawn in pairs; of times, quartiles. Errors: 1 - cos to the plain model's "
-        f"features, in thousandths. Points are of top-1: lost to the plain model, and gained on "
-        f"`{' '.join(merges[0])}` at the same budget.",
+        f"{torch.get_num_threads()} threads. In brackets: intervals of 95 %, {drawn}; of times, quartiles. Errors: "
+        f"1 - cos to the plain model's features, in thousandths. Points are of top-1: lost to the plain model, and "
+        f"gained on `{' '.join(merges[0])}` at the same budget. Each method merges by its own schedule, or by the one "
+        f"that is listed with it, and what it gains includes that.{by_image}",
         "## Without training",
         markdown(tables["none"], sizes),
     ]
     if seeds:
-        text += [f"## Fine-tuned, seeds {', '.join(map(str, seeds))}", markdown(tables["fine-tuned"], sizes)]
+        count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        text += [f"## Fine-tuned, {count}: {', '.join(map(str, seeds))}", markdown(tables["fine-tuned"], sizes)]
     (args.out / "compare.md").write_text("\n\n".join(text) + "\n")
     tradeoff_figure(read_table(args.out / "compare.csv"), args.out / "compare.png")

@@ -1,15 +1,16 @@
-"""Images kept decoded, and a training that goes on where it was killed, bit for bit: what compare.py trains by.
+"""Images kept decoded, and a training that goes on where it was killed, on a CPU to the same bits.
 
-Order, crops, flips and dropout of a step follow from the seed and the step's number alone: they are the same for all
-models, and nothing of them has to be saved.
+All that is random in a step follows from the seed and the step's number, and nothing of it has to be saved. Order,
+crops and flips are the same for all models; what dropout leaves out is not, where models have other numbers of tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import timm_ltm
 from timm_ltm.models import ReducedModel
+from timm_ltm.models.saved import is_own
 
 THRESHOLD_LR = 5e-3  # of LTMP's paper
 
@@ -91,6 +94,8 @@ class Recipe:
         bfloat16: Forward passes under autocast.
         channels_last: The memory format of weights and images.
         save_every: Steps between saves.
+        own_lr: Of parameters that a method adds to the plain model's and learns, which start from random numbers;
+            ``lr`` if not given. Thresholds have their own.
     """
 
     steps: int
@@ -105,6 +110,7 @@ class Recipe:
     bfloat16: bool = False
     channels_last: bool = False
     save_every: int = 100
+    own_lr: float | None = None
 
 
 def batch_of(seed: int, step: int, count: int, size: int) -> list[int]:
@@ -115,14 +121,22 @@ def batch_of(seed: int, step: int, count: int, size: int) -> list[int]:
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; thresholds, of a method whose training aims at a budget, have a learning rate of their own."""
+    """AdamW with timm's weight decay; what a method learns beside the plain model may have a learning rate of its own.
+
+    Thresholds, of a method whose training aims at a budget, have one in any case, and do not decay.
+    """
     reducers = [reducer for _, reducer in model.reducers()] if isinstance(model, ReducedModel) else []
-    own = [p for reducer in reducers if reducer.config.trains_budget for p in reducer.parameters()]
-    groups = param_groups_weight_decay(model, recipe.weight_decay)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
-    if own:
-        groups.append({"params": own, "lr": THRESHOLD_LR, "weight_decay": 0.0})
+    thresholds = {id(p) for reducer in reducers if reducer.config.trains_budget for p in reducer.parameters()}
+    own = {id(p) for name, p in model.named_parameters() if is_own(name)} - thresholds
+    undecayed = getattr(model, "no_weight_decay", set)()
+    groups = []
+    for group in param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed):
+        of: dict[float, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            own_lr = recipe.own_lr if id(p) in own else None
+            lr = THRESHOLD_LR if id(p) in thresholds else recipe.lr if own_lr is None else own_lr
+            of.setdefault(lr, []).append(p)
+        groups += [{"params": params, "weight_decay": group["weight_decay"], "lr": lr} for lr, params in of.items()]
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
@@ -155,7 +169,7 @@ def train(
         model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
     refresh = timm_ltm.ClusterRefresh(model) if isinstance(model, ReducedModel) else None
-    saved = torch.load(state, map_location=device) if state.exists() else None
+    saved = torch.load(state, map_location="cpu") if state.exists() else None  # where AdamW counts its steps
     if saved is not None:
         model.load_state_dict(saved["model"])
     optimizer, start = optimizer_of(model, recipe), 0
@@ -164,7 +178,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
         if refresh is not None:
-            refresh.load_state_dict(saved["refresh"])
+            refresh.load_state_dict(pytree.tree_map_only(Tensor, lambda t: t.to(device), saved["refresh"]))
     crop = v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=(recipe.scale, 1.0), antialias=True),
@@ -204,9 +218,15 @@ def train(
     model.eval()
 
 
-def save(value: object, path: Path) -> None:
-    """As a whole or not at all."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of another: as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    torch.save(value, part)
+    yield part
     os.replace(part, path)
+
+
+def save(value: object, path: Path) -> None:
+    with whole(path) as part:
+        torch.save(value, part)

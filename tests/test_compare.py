@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform
+from timm.optim import create_optimizer_v2
 from torchvision.datasets import ImageFolder
 
 import timm_ltm
@@ -32,9 +33,10 @@ import compare  # noqa: E402
 import finetuning  # noqa: E402
 
 SHAPE = {"img_size": 16, "patch_size": 2}
+STEPS = 12  # more than a run takes while it is found and killed
 ARGUMENTS = ["--model", "test_vit", "--img-size", "16", "--model-kwargs", "patch_size=2", "--test-limit", "30",
-             "--merge", "tome", "schedule=flat", "--merge", "ltm", "--budget", "0.7", "--steps", "6", "--seeds", "3",
-             "--refresh-every", "4", "--save-every", "1", "--batch-size", "8", "--rounds", "0", "--device", "cpu",
+             "--merge", "tome", "schedule=flat", "--merge", "ltm", "--budget", "0.7", "--seeds", "3",
+             "--steps", str(STEPS), "--refresh-every", "4", "--save-every", "1", "--batch-size", "8", "--rounds", "0", "--device", "cpu",
              "--lr", "1e-3"]  # fmt: skip
 
 
@@ -76,13 +78,17 @@ def killed(weights, tmp_path_factory):
     process = subprocess.Popen(line, stderr=subprocess.PIPE)
     state = out / "results" / "ltm_0.7_seed_3.state.pt"
     threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
-    while not state.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        until = time.monotonic() + 600
+        while not state.exists():
+            assert process.poll() is None, "it ended before"
+            assert time.monotonic() < until, "it has not begun to train LTM"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (out / "results" / "ltm_0.7_seed_3.json").exists()
-    assert torch.load(state)["step"] < 6
+    assert torch.load(state)["step"] < STEPS
     return out, arguments
 
 
@@ -205,12 +211,36 @@ def test_training_goes_on_to_the_same_bits(method, tmp_path):
         assert any(value.any() for name, value in whole.items() if name.endswith("clusters.centroids"))
 
 
-def test_steps_see_the_same_images_for_every_model():
+def test_an_epoch_sees_no_image_twice():
     order = [finetuning.batch_of(3, step, 20, 6) for step in range(7)]
-    assert all(len({*order[i], *order[i + 1], *order[i + 2]}) == 18 for i in (0, 3))  # an epoch sees no image twice
+    assert all(len({*order[i], *order[i + 1], *order[i + 2]}) == 18 for i in (0, 3))
     assert order[0] != order[3]
     assert order != [finetuning.batch_of(4, step, 20, 6) for step in range(7)]
     assert order == [finetuning.batch_of(3, step, 20, 6) for step in range(7)]
+
+
+def test_steps_see_the_same_crops_for_every_model(tmp_path):
+    """Whatever numbers a model itself draws."""
+    plain = timm.create_model("test_vit", num_classes=10, drop_rate=0.1, drop_path_rate=0.2, **SHAPE)
+    merging = timm_ltm.convert(copy.deepcopy(plain), "patch_merger", num_slots=8)
+    images = torch.randint(0, 255, (20, 3, 18, 18), dtype=torch.uint8)
+    pictures = finetuning.Pictures([("", i % 10) for i in range(20)], None, 0, 1)
+    pictures.take = lambda indices: [images[i] for i in indices]
+
+    def seen(model, seed, state):
+        batches = []
+
+        def normalize(x):
+            batches.append(x)
+            return x.float() / 255
+
+        recipe = finetuning.Recipe(3, 6, 1e-3)
+        finetuning.train(model, pictures, normalize, (16, 16), recipe, seed, tmp_path / state, "test")
+        return torch.stack(batches)
+
+    first = seen(plain, 5, "plain")
+    assert torch.equal(first, seen(merging, 5, "merging"))
+    assert not torch.equal(first, seen(plain, 6, "another"))
 
 
 def test_thresholds_learn_at_a_rate_of_their_own():
@@ -220,6 +250,29 @@ def test_thresholds_learn_at_a_rate_of_their_own():
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert all(group["weight_decay"] == 0 for group in groups if group["lr"] == 5e-3)
+
+
+def test_what_a_method_learns_may_have_a_rate_of_its_own():
+    model = timm_ltm.convert(timm.create_model("test_vit", num_classes=10, **SHAPE), "patch_merger", num_slots=8)
+    own = {id(p) for name, p in model.named_parameters() if ".reducer." in name}
+    given, same = (finetuning.optimizer_of(model, finetuning.Recipe(5, lr=1e-4, own_lr=lr)) for lr in (1e-2, None))
+    assert own == {id(p) for group in given.param_groups for p in group["params"] if group["lr"] == 1e-2}
+    assert {group["lr"] for group in same.param_groups} == {1e-4}
+    for optimizer in (given, same):
+        grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_what_decays_is_what_decays_under_timm():
+    model = timm_ltm.convert(timm.create_model("test_vit", num_classes=10, **SHAPE), "ltm", compression_ratio=0.8)
+    ours = finetuning.optimizer_of(model, finetuning.Recipe(5, weight_decay=0.05))
+    theirs = create_optimizer_v2(model, "adamw", lr=5e-5, weight_decay=0.05)
+    decays = [
+        {id(p) for group in optimizer.param_groups for p in group["params"] if group["weight_decay"] > 0}
+        for optimizer in (ours, theirs)
+    ]
+    assert decays[0] == decays[1]
+    assert id(model.pos_embed) not in decays[0]
 
 
 def test_a_refresh_goes_on_within_an_epoch():
