@@ -52,6 +52,7 @@ class CocoFolder(torch.utils.data.Dataset):
     Attributes:
         categories: COCO's category ids; label k of a target is the k-th, from 1 on.
         names: Of these.
+        given: The ids that annotations have in the file, by those they have here.
         coco: pycocotools' index of what is evaluated.
     """
 
@@ -90,6 +91,7 @@ class CocoFolder(torch.utils.data.Dataset):
                 _logger.warning("%s: %d %s were left out.", self.file, number, what)
         self.coco = COCO()
         # COCO's evaluation takes the id 0 for no match, and knows an annotation by its id: they are numbered anew
+        self.given = {k: a.get("id") for k, a in enumerate(good, 1)}
         good = [{**a, "id": k} for k, a in enumerate(good, 1)]
         self.coco.dataset = {**data, "images": there, "annotations": good}
         with contextlib.redirect_stdout(io.StringIO()):
@@ -130,8 +132,6 @@ class CocoFolder(torch.utils.data.Dataset):
             image = images[a["image_id"]]
             x1, y1 = min(max(x, 0.0), image["width"]), min(max(y, 0.0), image["height"])
             x2, y2 = min(max(x + w, 0.0), image["width"]), min(max(y + h, 0.0), image["height"])
-            if self.masks and not a.get("iscrowd"):
-                self._decode(a, image)
             a["bbox"] = [x1, y1, x2 - x1, y2 - y1]
             a.setdefault("iscrowd", 0)
             a.setdefault("area", (x2 - x1) * (y2 - y1))
@@ -153,7 +153,8 @@ class CocoFolder(torch.utils.data.Dataset):
             return coco_mask.decode(runs)
         except Exception:  # pycocotools raises all kinds
             short = repr(of)[:80]
-            raise self._broken(f"segmentation of annotation {a.get('id')}", short, "polygons or runs") from None
+            what = f"segmentation of annotation {self.given[a['id']]}"
+            raise self._broken(what, short, f"polygons or runs of {H} x {W} pixels") from None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -164,6 +165,14 @@ class CocoFolder(torch.utils.data.Dataset):
             return Image.open(path).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path}: got no image ({error}), expected one. Replace it.") from None
+
+    def crowds(self, index: int) -> tv_tensors.Mask:
+        """Pixels (1, H, W) of crowds, in which objects are not told apart, and by far not all are marked."""
+        info = self.coco.imgs[self.ids[index]]
+        mask = np.zeros((1, info["height"], info["width"]), np.uint8)
+        for a in self.coco.imgToAnns[self.ids[index]]:
+            mask |= self._decode(a, info) if a["iscrowd"] else 0
+        return tv_tensors.Mask(torch.from_numpy(mask))
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         image, info = self.image(index), self.coco.imgs[self.ids[index]]

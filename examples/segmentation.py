@@ -5,8 +5,9 @@
     python examples/segmentation.py COCO --decoder FPN --encoders ltm_efficientvit_b1 efficientvit_b1 --pretrained
     python examples/segmentation.py COCO --decoder DPT --encoders ltm_vit_small_patch16_224 --size 224
 
-A folder in COCO's format; classes are its categories and the background, which counts in the mean of IoU. Encoders of
-maps take every decoder of the library but DPT, which is for ViTs.
+A folder in COCO's format; classes are its categories and the background, which counts in the mean of IoU. Pixels of
+crowds, but for objects in them, count neither in losses nor in IoU. Encoders of maps take every decoder of the library
+but DPT, which is for ViTs.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from timm_ltm.cost import gmacs
 from timm_ltm.detection import image_labels
 from timm_ltm.models import ReducedModel
 
+IGNORED = -100  # torch's own, which is no class however many there are
+
 
 class Maps(torch.utils.data.Dataset):
-    """Images (3, H, W) normalised as the encoder was trained, classes (H, W) of their pixels, and labels."""
+    """Images (3, H, W) normalised as the encoder was trained, classes (H, W) of their pixels or IGNORED, and labels."""
 
     def __init__(self, data: CocoFolder, size: int, config: dict[str, Any], train: bool) -> None:
         self.data = data
@@ -52,8 +55,10 @@ class Maps(torch.utils.data.Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        image, target = self.transform(*self.data[index])
+        image, target = self.data[index]
+        image, target = self.transform(image, {**target, "crowds": self.data.crowds(index)})
         classes = torch.zeros(image.shape[1:], dtype=torch.int64)
+        classes[target["crowds"][0] > 0] = IGNORED
         for mask, label in zip(target["masks"], target["labels"], strict=True):
             classes[mask > 0] = label
         return image, classes, image_labels([target], len(self.data.categories) + 1)[0]
@@ -76,16 +81,15 @@ def mean_iou(model: nn.Module, loader: DataLoader, classes: int, device: torch.d
     for images, targets, _ in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
         found = model(images.to(device)).argmax(dim=1).cpu()
         # of each image and class: true and false positives, false and true negatives
-        counts += torch.stack(
-            [c.sum(dim=0) for c in smp.metrics.get_stats(found, targets, "multiclass", num_classes=classes)]
-        )
+        stats = smp.metrics.get_stats(found, targets, "multiclass", ignore_index=IGNORED, num_classes=classes)
+        counts += torch.stack([c.sum(dim=0) for c in stats])
     tp, fp, fn, tn = counts[:, None, counts[:3].any(dim=0)]
     return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="macro").item()
 
 
 def train(model: nn.Module, loader: DataLoader, args: argparse.Namespace, classes: int, name: str) -> list[float]:
     """AdamW along one cycle, cross-entropy and Dice; every epoch's mean loss."""
-    device, dice = torch.device(args.device), smp.losses.DiceLoss("multiclass")
+    device, dice = torch.device(args.device), smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(loader))
     merging = any(isinstance(m, ReducedModel) and m.needs_refresh() for m in model.modules())
@@ -98,7 +102,7 @@ def train(model: nn.Module, loader: DataLoader, args: argparse.Namespace, classe
         for images, targets, labels in bar:
             images, targets, labels = images.to(device), targets.to(device), labels.to(device)
             logits = model(images)
-            loss = F.cross_entropy(logits, targets) + dice(logits, targets)
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORED) + dice(logits, targets)
             if refresh is not None:
                 loss = loss + refresh.loss(labels)
             optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_detection_example import data, load
+from test_detection_example import data, load, write
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 
@@ -22,6 +22,26 @@ def test_pixels_and_labels(tmp_path):
             assert (classes[mask > 0] == label).all()
         assert (classes > 0).sum() == target["masks"].sum()
         assert labels.sum() == pytest.approx(1.0 if len(target["labels"]) else 0.0)
+
+
+def test_pixels_of_crowds_are_ignored_but_for_objects_in_them(tmp_path):
+    example = load("segmentation")
+    crowd = {"bbox": [0, 0, 60, 20], "segmentation": [[0, 0, 60, 0, 60, 20, 0, 20]], "iscrowd": 1}
+    write(tmp_path, [crowd, {"bbox": [10, 10, 20, 20], "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}])
+    objects = data.CocoFolder(tmp_path, "train", masks=True)
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    truth = example.Maps(objects, 40, config, train=False)[0][1]  # 40 x 60 pixels become 40 x 40
+    assert [int((truth == k).sum()) for k in (example.IGNORED, 1, 0)] == [800 - 130, 260, 1600 - 800 - 130]
+
+    class Answer(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(truth.clamp_min(0)[None], 3).permute(0, 3, 1, 2).float()
+
+    wrong = truth.masked_fill(truth == example.IGNORED, 2)
+    loader = [(torch.zeros(1, 3, 40, 40), truth[None], None)]
+    assert example.mean_iou(Answer(), loader, 3, torch.device("cpu")) == 100
+    loader = [(torch.zeros(1, 3, 40, 40), wrong[None], None)]
+    assert example.mean_iou(Answer(), loader, 3, torch.device("cpu")) < 67
 
 
 def test_mean_iou_by_hand():
