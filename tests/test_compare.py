@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -36,8 +37,8 @@ SHAPE = {"img_size": 16, "patch_size": 2}
 STEPS = 12  # more than a run takes while it is found and killed
 ARGUMENTS = ["--model", "test_vit", "--img-size", "16", "--model-kwargs", "patch_size=2", "--test-limit", "30",
              "--merge", "tome", "schedule=flat", "--merge", "ltm", "--budget", "0.7", "--seeds", "3",
-             "--steps", str(STEPS), "--refresh-every", "4", "--save-every", "1", "--batch-size", "8", "--rounds", "0", "--device", "cpu",
-             "--lr", "1e-3"]  # fmt: skip
+             "--steps", str(STEPS), "--refresh-every", "4", "--save-every", "1", "--batch-size", "8", "--lr", "1e-3",
+             "--rounds", "0", "--device", "cpu"]  # fmt: skip
 
 
 def run_here(monkeypatch, *arguments):
@@ -108,6 +109,29 @@ def test_a_killed_run_ends_as_one_never_killed(killed, weights, tmp_path, monkey
         run_here(monkeypatch, *arguments, "--out", whole, "--lr", 0.5)
     assert (whole / "compare.csv").stat().st_mtime_ns == before
     check_table(folder, tmp_path)
+    check_later_runs(whole, [*arguments, "--out", str(whole)], monkeypatch)
+
+
+def check_later_runs(folder, arguments, monkeypatch):
+    """Times are taken later of what was fine-tuned before; results of another version of the training are not mixed."""
+    before = rows_in(folder)
+    run_here(monkeypatch, *arguments, "--rounds", 2, "--batch-sizes", 2)
+    rows = rows_in(folder)
+    for key, row in rows.items():
+        assert float(row["images_per_s_b2"]) == pytest.approx(2e3 / float(row["ms_b2"]))
+        plain = rows["plain", key[1]]
+        assert float(row["latency_ratio_b2"]) == pytest.approx(float(row["ms_b2"]) / float(plain["ms_b2"]))
+        assert row["top1"] == before[key]["top1"]
+    assert len({row["ms_b2"] for row in rows.values()}) == 6
+    settings = folder / "settings.json"
+    told = json.loads(settings.read_text())
+    del told["trained"]["version"], told["trained"]["own_lr"]  # as earlier versions wrote it
+    settings.write_text(json.dumps(told))
+    run_here(monkeypatch, *arguments)  # nothing is left to train
+    with pytest.raises(SystemExit, match=r"version of the training: got 2, expected 1, by which the results in"):
+        run_here(monkeypatch, *arguments, "--seeds", 3, 4)
+    with pytest.raises(SystemExit, match=r"--own-lr: got 0\.01, expected None"):
+        run_here(monkeypatch, *arguments, "--own-lr", 0.01)
 
 
 def check_table(killed, tmp_path):
@@ -159,6 +183,69 @@ def check_table(killed, tmp_path):
     assert matplotlib.image.imread(killed / "compare.png").shape[1] > 1500
     assert command(["tradeoff", str(killed / "compare.csv"), "--output", str(tmp_path / "t.png")]) == 0
     assert not list((killed / "results").glob("*.part")) + list((killed / "results").glob("*.state.pt"))
+
+
+def test_settings_that_failed_may_be_mended(tmp_path, monkeypatch):
+    """They count from the first result on."""
+    with pytest.raises(SystemExit, match="compare: got 'test_vitt', expected a model's name"):
+        run_here(monkeypatch, "--model", "test_vitt", "--img-size", 16, "--device", "cpu", "--out", tmp_path)
+    assert not (tmp_path / "settings.json").exists()
+
+    def settings(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--device", "cpu", "--out", str(tmp_path)])
+        return compare.Settings(compare.arguments(None))
+
+    settings("--model", "test_vit").remember("measured")
+    settings("--model", "test_vit2").check()
+    torch.save({}, tmp_path / "plain.pt")
+    settings("--model", "test_vit").check()
+    with pytest.raises(compare.CommandError, match=r"--model: got 'test_vit2', expected 'test_vit'"):
+        settings("--model", "test_vit2").check()
+    with_steps = settings("--model", "test_vit", "--steps", "3")
+    with_steps.remember("trained")
+    settings("--model", "test_vit", "--steps", "4").check()
+    (tmp_path / "results").mkdir()
+    torch.save({}, tmp_path / "results" / "ltm_0.7_seed_0.state.pt")
+    with_steps.check()
+    with pytest.raises(compare.CommandError, match="--steps: got 4, expected 3"):
+        settings("--model", "test_vit", "--steps", "4").check()
+    assert json.loads((tmp_path / "settings.json").read_text())["measured"]["model"] == "test_vit"
+
+
+@pytest.mark.parametrize(
+    ("shares", "best", "said"),
+    [
+        ([0.695], 0, ""),
+        ([0.75, 0.68, 0.72, 0.685], 3, "warning: ltmp costs 0.685 of the plain model on 5 training images, where 0.7"),
+        ([0.75, 0.72, 0.73, 0.74], 1, "warning: ltmp costs 0.720"),
+        ([0.68, None], 0, "warning: ltmp costs 0.680"),
+    ],
+)
+def test_calibration_keeps_the_best_try(shares, best, said, monkeypatch, capsys):
+    """None is a try whose aim cannot be met."""
+    tried = []
+
+    def converted(method, settings):
+        tried.append(torch.nn.Identity())
+        return tried[-1]
+
+    def calibrated(model, images):
+        if shares[tried.index(model)] is None:
+            raise ValueError("gmacs: got less than what merging all costs.")
+
+    def counted(model, inputs=None):
+        return 2.0 if inputs is None else 2.0 * shares[tried.index(model)]
+
+    monkeypatch.setattr(compare, "calibrate", calibrated)
+    monkeypatch.setattr(compare, "gmacs", counted)
+    of = argparse.Namespace(
+        args=argparse.Namespace(calibrate=128), clean=range(5), plain=None, converted=converted,
+        first=lambda pictures, count: torch.zeros(count),
+    )  # fmt: skip
+    assert compare.Comparison.calibrated(of, "ltmp", {"gmacs": 0.7}) is tried[best]
+    assert len(tried) == len(shares)
+    err = capsys.readouterr().err
+    assert said in err if said else not err
 
 
 METHODS = ["ltm", "ltmp", "patch_merger", pytest.param("paper", marks=pytest.mark.slow)]
