@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detection_data import CocoFolder, average_precision, both_splits, draw, results_of
+from finetuning import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset
@@ -234,13 +235,6 @@ def cosine(steps: int, warmup: int, lowest: float) -> Any:
     return share
 
 
-def save(file: Path, value: dict[str, Any]) -> None:
-    """In one step: a run that is stopped while it saves can still resume."""
-    part = file.with_suffix(".part")
-    torch.save(value, part)
-    os.replace(part, file)
-
-
 def decayed(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters, of which vectors (norms and biases) do not decay."""
     trained = [p for p in detector.parameters() if p.requires_grad]
@@ -338,9 +332,9 @@ def train(
         saved = {"model": detector.state_dict(), "names": sets[0].names, "epoch": epoch, "told": told}
         if told and told["box_mAP"] > best:
             best = told["box_mAP"]
-            save(args.output / "best.pt", saved)
+            save(saved, args.output / "best.pt")
         parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-        save(args.output / "last.pt", {**saved, "best": best, **{k: v.state_dict() for k, v in parts.items()}})
+        save({**saved, "best": best, **{k: v.state_dict() for k, v in parts.items()}}, args.output / "last.pt")
     if not rank():
         (args.output / "result.json").write_text(json.dumps({**told, "best_box_mAP": best}, indent=2))
         picture(detector, sets[1], device, args.output / "predictions.png")

@@ -247,8 +247,8 @@ def test_a_run_that_resumes_is_one_that_never_stopped(tmp_path):
     stop = {"at": 1}
     kept = example.save
 
-    def save(file, value):
-        kept(file, value)
+    def save(value, file):
+        kept(value, file)
         if file.name == "last.pt" and stop.pop("at", None):
             raise KeyboardInterrupt
 
