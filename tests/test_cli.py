@@ -76,6 +76,10 @@ def test_list(capsys):
     (row,) = answer(capsys, "list", "ltm_test_vit", "--model-kwargs", "gmacs=0.7", "img_size=96")
     assert 0.6 < row["ratio"] <= 0.7
     assert row["size"] == "96 x 96"
+    (row,) = answer(capsys, "list", "ltmp_test_vit")  # what it costs depends on the image
+    assert row["gmacs"] is None
+    assert row["ratio"] is None
+    assert row["plain_gmacs"] > 0
     names = answer(capsys, "list", "mobilevit_x", "--names")
     assert "tome_mobilevit_xxs" in names
     assert "ltm_mobilevit_xs" in names
@@ -121,6 +125,8 @@ def test_measure(capsys, tmp_path):
     assert ltm["images_per_s"] == pytest.approx(2e3 / ltm["ms"])
     half = answer(capsys, "measure", "ltm_test_vit", "--rounds", 1, "--batch-sizes", 1, "--dtype", "bfloat16")["rows"]
     assert half[0]["memory_mib"] == pytest.approx(rows[0]["memory_mib"] / 2, rel=0.1)
+    assert main(["measure", "ltmp_test_vit", "--rounds", "1", "--batch-sizes", "1"]) == 0
+    assert "depends on the image" in capsys.readouterr().err
     assert "--threads: got 0" in complaint(capsys, "measure", "ltm_test_vit", "--threads", 0)
     assert "--device: got 'nowhere'" in complaint(capsys, "measure", "ltm_test_vit", "--device", "nowhere")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, _ = load_model(args.name, args)
     model = merging_model(model, args)
     model.set_merging(True)
+    if any(reducer.by_image for _, reducer in model.reducers()):
+        warnings.warn(
+            f"{model.method} leaves a number of tokens that depends on the image, and images of noise are measured here. "
+            "examples/compare.py measures on images of your own.",
+            stacklevel=2,
+        )
     size = input_size_of(model)
     plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # sharing weights
     plain.set_merging(False)
