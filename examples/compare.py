@@ -38,7 +38,7 @@ import timm_ltm
 from timm_ltm.cli.common import CommandError, load_model, parameters_of, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, outputs_of
-from timm_ltm.methods.ltmp import calibrate
+from timm_ltm.methods.ltmp import calibrate, flops_ratio
 from timm_ltm.models.saved import is_own
 from timm_ltm.probe import fit_head
 from timm_ltm.reduction import METHODS
@@ -200,7 +200,7 @@ class Comparison:
                 if not tries:
                     raise
                 break
-            tries.append((gmacs(model, inputs=images) / gmacs(self.plain), model))
+            tries.append((self.mean_cost(model, images) / gmacs(self.plain), model))
             if budget - 0.01 <= tries[-1][0] <= budget:
                 break
             aim = min(aim * (budget - 0.003) / tries[-1][0], 0.999)
@@ -235,7 +235,17 @@ class Comparison:
     def cost(self, model: nn.Module) -> float:
         """GMACs; of methods whose cost depends on the image, the mean over some."""
         by_image = model is not self.plain and any(getattr(r, "by_image", False) for r in model.modules())
-        return gmacs(model, inputs=self.first(self.tests, min(64, len(self.tests))) if by_image else None)
+        return self.mean_cost(model, self.first(self.tests, min(256, len(self.tests)))) if by_image else gmacs(model)
+
+    @torch.no_grad()
+    def mean_cost(self, model: nn.Module, images: Tensor) -> float:
+        """GMACs, the mean over images: counted for the first of them, and scaled by r_FLOPs, which is fast to have."""
+        few = images[: min(16, self.args.eval_batch_size)]
+        counted, ratios = gmacs(model, inputs=few), []
+        for x in (few, *images.split(self.args.eval_batch_size)):
+            model(x)
+            ratios.append(flops_ratio(model))
+        return counted * float(torch.cat(ratios[1:]).mean() / ratios[0].mean())
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module, title: str) -> dict[str, np.ndarray]:

@@ -233,19 +233,29 @@ def test_calibration_keeps_the_best_try(shares, best, said, monkeypatch, capsys)
         if shares[tried.index(model)] is None:
             raise ValueError("gmacs: got less than what merging all costs.")
 
-    def counted(model, inputs=None):
-        return 2.0 if inputs is None else 2.0 * shares[tried.index(model)]
-
     monkeypatch.setattr(compare, "calibrate", calibrated)
-    monkeypatch.setattr(compare, "gmacs", counted)
+    monkeypatch.setattr(compare, "gmacs", lambda plain: 2.0)
     of = argparse.Namespace(
         args=argparse.Namespace(calibrate=128), clean=range(5), plain=None, converted=converted,
-        first=lambda pictures, count: torch.zeros(count),
+        first=lambda pictures, count: torch.zeros(count), mean_cost=lambda m, _: 2.0 * shares[tried.index(m)],
     )  # fmt: skip
     assert compare.Comparison.calibrated(of, "ltmp", {"gmacs": 0.7}) is tried[best]
     assert len(tried) == len(shares)
     err = capsys.readouterr().err
     assert said in err if said else not err
+
+
+def test_the_mean_cost_is_near_to_one_that_counts_all_images():
+    torch.manual_seed(0)
+    plain = timm.create_model("test_vit", num_classes=10, **SHAPE).eval()
+    model = timm_ltm.convert(plain, "ltmp", gmacs=0.7).eval()
+    images = torch.randn(40, 3, 16, 16) * torch.linspace(0.1, 3, 40)[torch.randperm(40)].view(-1, 1, 1, 1)
+    compare.calibrate(model, images)
+    of = argparse.Namespace(args=argparse.Namespace(eval_batch_size=8))
+    exact, few = gmacs(model, inputs=images), gmacs(model, inputs=images[:8])
+    found = compare.Comparison.mean_cost(of, model, images)
+    assert found == pytest.approx(exact, rel=0.005)
+    assert abs(few - exact) > 4 * abs(found - exact)
 
 
 METHODS = ["ltm", "ltmp", "patch_merger", pytest.param("paper", marks=pytest.mark.slow)]
