@@ -89,8 +89,8 @@ def test_models_as_they_come():
     ("make", "message"),
     [
         (lambda: timm.create_model("test_resnet"), "model: got 'ResNet', expected one of timm's VisionTransformer"),
-        (lambda: timm.create_model("test_vit", features_only=True), "Convert the model itself, then wrap it"),
-        (lambda: torch.nn.DataParallel(timm.create_model("test_vit")), "Convert the model itself, then wrap it"),
+        (lambda: timm.create_model("test_vit", features_only=True), "Convert the model inside"),
+        (lambda: torch.nn.DataParallel(timm.create_model("test_vit")), "Convert the model inside"),
         (lambda: timm.create_model("ltm_test_vit"), "model: got 'ReducedViT'"),
         (lambda: Beit(**BEIT, use_rel_pos_bias=True), "use_rel_pos_bias: got tables of relative positions"),
         (lambda: Beit(**BEIT, use_shared_rel_pos_bias=True), "use_rel_pos_bias: got tables of relative positions"),

@@ -73,7 +73,7 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     model.set_merging(True)
     if any(reducer.by_image for _, reducer in model.reducers()):
         warnings.warn(
-            f"{model.method} leaves a number of tokens that depends on the image, and images of noise are measured here. "
+            f"{model.method} leaves a number of tokens that depends on the image, and noise is measured here. "
             "examples/compare.py measures on images of your own.",
             stacklevel=2,
         )

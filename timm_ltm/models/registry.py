@@ -119,10 +119,14 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
         )
     if type(model) not in FAMILIES:
         names = ", ".join(cls.__name__ for cls in FAMILIES)
-        wrapped = (
-            " Convert the model itself, then wrap it." if any(type(m) in FAMILIES for m in model.modules()) else ""
+        wrapped = any(type(m) in FAMILIES for m in model.modules())
+        todo = (
+            "Convert the model inside; of timm's features_only=True, create the merging one: "
+            f"timm.create_model('{method}_...', features_only=True)."
+            if wrapped
+            else "Use one of these."
         )
-        raise setting_error("model", type(model).__name__, f"one of timm's {names}", f"Use one of these.{wrapped}")
+        raise setting_error("model", type(model).__name__, f"one of timm's {names}", todo)
     shared = {id(p): p for p in model.parameters()}
     made = _adopted(copy.deepcopy(model, shared), method, settings)
     name = f"{made.method}_{(getattr(made, 'pretrained_cfg', None) or {}).get('architecture')}"
