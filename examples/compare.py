@@ -72,6 +72,7 @@ class Comparison:
         config = {**resolve_model_data_config(self.plain), "input_size": self.size}
         self.mean, self.std = (255.0 * torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         clean = create_transform(**config, is_training=False, use_prefetcher=True)  # which leaves uint8
+        self.merging = cache(self._merging)
         room, pictures = args.cache_gb * 5e8, partial(Pictures, workers=args.workers)
 
         def decode(image: object) -> Tensor:
@@ -150,8 +151,7 @@ class Comparison:
 
     # Models
 
-    @cache  # noqa: B019  one comparison in a process
-    def merging(self, words: tuple[str, ...], budget: float) -> nn.Module | str:
+    def _merging(self, words: tuple[str, ...], budget: float) -> nn.Module | str:
         """The model of a method for a budget, sharing the plain one's weights; or why there is none."""
         method, given = words[0], settings_of(words[1:])
         if method not in METHODS:

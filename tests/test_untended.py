@@ -20,6 +20,7 @@ from test_training import FEW
 from torch.nn.modules import module as torch_module
 
 import timm_ltm
+from timm_ltm import tasks
 
 NO_SETTINGS = {k: v for k, v in SHAPE.items() if k != "num_clusters"}
 
@@ -95,8 +96,20 @@ def test_importing_alone_leaves_no_hook():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_hook_lives_as_long_as_a_model_that_needs_it(digits):
+@pytest.fixture
+def alone():
+    """As if no model of another test were left."""
     gc.collect()
+    others = list(tasks._living)
+    tasks._living.clear()
+    tasks._release()
+    yield
+    for model in others:
+        tasks._watch_for_tasks(model)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_hook_lives_as_long_as_a_model_that_needs_it(digits):
     hooks = torch_module._global_module_registration_hooks
     assert not hooks
     model = make(**FEW)
