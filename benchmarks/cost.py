@@ -10,7 +10,6 @@ all of them. Weights are random, and so are clusters: as in a trained model, the
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_ltm
+from timm_ltm.cli.common import settings_of
 from timm_ltm.cost import gmacs
 from timm_ltm.speed import latencies
 
@@ -50,8 +50,7 @@ def entries(name: str, merges: list[str], dd: dict[str, object]) -> list[Entry]:
     found = [Entry(name, plain, gmacs(plain, size))]
     for merge in merges:
         method, *settings = merge.split()
-        given = {key: ast.literal_eval(value) for key, _, value in (setting.partition("=") for setting in settings)}
-        model = with_clusters(timm_ltm.convert(plain, method, **given))
+        model = with_clusters(timm_ltm.convert(plain, method, **settings_of(settings)))
         found.append(Entry(f"{method}_{name} {' '.join(settings)}".strip(), model, gmacs(model, size)))
     return found
 

@@ -15,7 +15,6 @@ many further images. Writes CSV, a Markdown table and a plot.
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import random
 from pathlib import Path
@@ -30,6 +29,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_ltm
+from timm_ltm.cli.common import settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, features_of, interval
 from timm_ltm.speed import latencies
@@ -59,17 +59,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("output/fidelity"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def given(words: list[str]) -> dict[str, object]:
-    """NAME=VALUE as Python reads them, words as they are."""
-    found = {}
-    for name, _, value in (word.partition("=") for word in words):
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
 
 
 class Images:
@@ -167,7 +156,7 @@ def main() -> None:
         )
     random.Random(args.seed).shuffle(files)
     limit = args.limit or len(files) - args.search
-    kwargs = {**given(args.model_kwargs), **({"img_size": args.img_size} if args.img_size else {})}
+    kwargs = {**settings_of(args.model_kwargs), **({"img_size": args.img_size} if args.img_size else {})}
     if args.checkpoint:
         kwargs["pretrained_cfg_overlay"] = {"file": str(args.checkpoint)}
     plain = timm.create_model(args.model, pretrained=True, **kwargs).to(args.device).eval()
@@ -176,7 +165,7 @@ def main() -> None:
     for budget in args.budget:
         for method, *settings in merges:
             name = f"{' '.join([method, *settings])} {budget:g}"
-            models[name] = timm_ltm.convert(plain, method, gmacs=budget, **given(settings))
+            models[name] = timm_ltm.convert(plain, method, gmacs=budget, **settings_of(settings))
             about[name] = (" ".join([method, *settings]), budget)
         if args.search:
             others = Images(files[limit : limit + args.search], plain, args)

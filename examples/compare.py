@@ -234,8 +234,9 @@ class Comparison:
 
     def cost(self, model: nn.Module) -> float:
         """GMACs; of methods whose cost depends on the image, the mean over some."""
-        by_image = model is not self.plain and any(getattr(r, "by_image", False) for r in model.modules())
-        return self.mean_cost(model, self.first(self.tests, min(256, len(self.tests)))) if by_image else gmacs(model)
+        if model is self.plain or not model.by_image:
+            return gmacs(model)
+        return self.mean_cost(model, self.first(self.tests, min(256, len(self.tests))))
 
     @torch.no_grad()
     def mean_cost(self, model: nn.Module, images: Tensor) -> float:

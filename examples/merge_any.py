@@ -12,7 +12,6 @@ Latencies are medians of rounds in which the models take turns. Without --checkp
 from __future__ import annotations
 
 import argparse
-import ast
 import random
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_ltm
+from timm_ltm.cli.common import settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, features_of
 from timm_ltm.speed import latencies
@@ -58,15 +58,6 @@ def plain_model(args: argparse.Namespace) -> nn.Module:
     return timm.create_model(args.model, pretrained=True, **kwargs).to(args.device).eval()
 
 
-def given(setting: str) -> tuple[str, object]:
-    """NAME=VALUE as Python reads it, a word as it is."""
-    name, _, value = setting.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def images_in(folder: Path, limit: int, seed: int) -> list[Path]:
     """Paths of images, in an order of their own."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -85,7 +76,7 @@ def main() -> None:
     transform = create_transform(**config, is_training=False)
     models = {"plain": plain}
     for method, *settings in args.merge or [["ltm"], ["tome"]]:
-        models[" ".join([method, *settings])] = timm_ltm.convert(plain, method, **dict(map(given, settings)))
+        models[" ".join([method, *settings])] = timm_ltm.convert(plain, method, **settings_of(settings))
 
     found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models if name != "plain"}
     batch = None

@@ -62,8 +62,7 @@ def row_of(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     model: ReducedModel = timm.create_model(name, device="meta", **kwargs).eval()
     size = input_size_of(model)
     row: dict[str, Any] = {"model": name, "size": f"{size[1]} x {size[2]}", "parameters_m": parameters_of(model)}
-    by_image = any(reducer.by_image for _, reducer in model.reducers())
-    merged = None if by_image else gmacs(model, size)
+    merged = None if model.by_image else gmacs(model, size)
     model.set_merging(False)
     plain = gmacs(model, size)
     return {**row, "gmacs": merged, "plain_gmacs": plain, "ratio": None if merged is None else merged / plain}

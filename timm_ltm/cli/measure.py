@@ -71,7 +71,7 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, _ = load_model(args.name, args)
     model = merging_model(model, args)
     model.set_merging(True)
-    if any(reducer.by_image for _, reducer in model.reducers()):
+    if model.by_image:
         warnings.warn(
             f"{model.method} leaves a number of tokens that depends on the image, and noise is measured here. "
             "examples/compare.py measures on images of your own.",

@@ -217,6 +217,11 @@ class ReducedModel(Scheduled, Saved):
             if isinstance(module, Reducer):
                 yield name, module
 
+    @property
+    def by_image(self) -> bool:
+        """Whether how many tokens are left, and so what a forward pass costs, depends on the image."""
+        return any(reducer.by_image for _, reducer in self.reducers())
+
     # The switch
 
     @property
