@@ -78,11 +78,12 @@ def killed(weights, tmp_path_factory):
     line = [sys.executable, str(EXAMPLES / "compare.py"), *arguments]
     process = subprocess.Popen(line, stderr=subprocess.PIPE)
     state = out / "results" / "ltm_0.7_seed_3.state.pt"
-    threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+    said: list[bytes] = []
+    threading.Thread(target=lambda: said.extend(process.stderr), daemon=True).start()  # a full pipe would stop it
     try:
         until = time.monotonic() + 600
         while not state.exists():
-            assert process.poll() is None, "it ended before"
+            assert process.poll() is None, b"".join(said).decode()
             assert time.monotonic() < until, "it has not begun to train LTM"
             time.sleep(0.01)
     finally:
