@@ -33,6 +33,16 @@ def test_ib_is_at_most_ibb_minus_constant(n, A, B, K, seed):
     assert ib_loss(phi, phi_input, labels) <= bound + 1e-9
 
 
+def test_q_is_smoothed_by_a_share_of_each_class():
+    """Not by a count in every cell, which would drown classes of few images."""
+    counts = torch.tensor([[6.0, 0.0, 0.0], [2.0, 4.0, 0.0]], dtype=torch.float64)  # of a third class there is none
+    q = class_conditional(counts, smoothing=1.0)
+    of_all = torch.tensor([6.5, 6.5], dtype=torch.float64) / 13.0
+    torch.testing.assert_close(q, (counts + of_all.unsqueeze(1)) / torch.tensor([9.0, 5.0, 1.0], dtype=torch.float64))
+    many = class_conditional(5.0 * torch.eye(50, dtype=torch.float64), smoothing=1.0)  # a cluster for each class
+    torch.testing.assert_close(many.diagonal(), torch.full((50,), (5.0 + 1 / 50) / 6.0, dtype=torch.float64))
+
+
 def test_mutual_information_of_known_tables():
     torch.testing.assert_close(mutual_information(torch.eye(4) / 4), torch.tensor(4.0).log())
     independent = torch.tensor([0.2, 0.8]).unsqueeze(1) * torch.tensor([0.5, 0.1, 0.4])

@@ -42,16 +42,22 @@ def mutual_information(joint_probability: Tensor) -> Tensor:
 
 
 def class_conditional(counts: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Q(a | y) = sum_i phi_ia 1[y_i = y] / sum_i 1[y_i = y] (Eq. 8), with Laplace smoothing.
+    """Q(a | y) = sum_i phi_ia 1[y_i = y] / sum_i 1[y_i = y] (Eq. 8), smoothed towards Q(a) of all classes.
+
+    A class of few images says little of many clusters: with one image more in every cell (Laplace) 15 images of each of
+    101 classes are drowned by 64 clusters, and what a real ViT's clusters tell of held-out labels falls from 1.2 to 0.5
+    nats.
 
     Args:
         counts: (A, K) the numerator, phi^T onehot(y).
-        smoothing: Added to every count, so that log Q is finite.
+        smoothing: Images that each class has more, shared among clusters as all images are, so that log Q is finite.
 
     Returns:
         (A, K), columns sum to 1; without smoothing those of classes without images are 0.
     """
-    counts = counts + smoothing
+    if smoothing:
+        of_all = counts.sum(dim=1, keepdim=True) + 1.0 / counts.shape[0]
+        counts = counts + smoothing * of_all / of_all.sum()
     return counts / counts.sum(dim=0).clamp_min(torch.finfo(counts.dtype).tiny)
 
 
