@@ -83,13 +83,13 @@ class Comparison:
         self.training = pictures(samples[0], shortened(round(max(self.size[1:]) * 8 / 7)), room)
         self.fill_in_plain(headless)
 
-    def bare_model(self) -> tuple[nn.Module, bool]:
-        """timm's model with a head of as many classes, and whether that was put on anew; None if nothing is trained."""
+    def bare_model(self, seed: int = 0) -> tuple[nn.Module, bool]:
+        """timm's model with a head of as many classes, and whether that was put on anew."""
         args = argparse.Namespace(**vars(self.args))
         args.num_classes, spec = None, str(args.checkpoint or args.model)
         if not args.checkpoint and not args.pretrained:
             args.num_classes = self.classes
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model, _ = load_model(spec, args)
         headless = model.num_classes != self.classes
         if headless:
@@ -110,7 +110,7 @@ class Comparison:
             chosen = [i for of in of_class.values() for i in rng.sample(of, min(args.shots, len(of)))]
             loader = tqdm(list(self.batches(self.clean, chosen, lazy=True)), desc="fitting the head", unit="batch")
             fit_head(self.plain, (batch() for batch in loader))
-        elif not args.checkpoint and not args.pretrained:
+        elif not args.checkpoint and not args.pretrained and not args.scratch:
             size = args.plain_batch_size
             steps = args.plain_epochs * max(1, len(self.training) // size)
             recipe = Recipe(
@@ -163,7 +163,7 @@ class Comparison:
         settings = {"gmacs": budget, **given} if saved is None else saved["settings"]
         try:
             model = self.converted(method, settings)
-            if saved is None and model.config.trains_budget:
+            if saved is None and model.config.trains_budget and not self.args.scratch:
                 model = self.calibrated(method, settings)
         except ValueError as error:
             if not str(error).startswith(("method:", "gmacs:")):
@@ -302,9 +302,11 @@ class Comparison:
         recipe = Recipe(
             steps, args.batch_size, args.lr, args.weight_decay, args.smoothing, round(args.warmup * steps),
             args.scale, args.hflip, args.refresh_every or max(1, steps // 8), args.bfloat16, args.channels_last,
-            args.save_every, args.own_lr,
+            args.save_every, args.own_lr, round(args.merge_warmup * steps),
         )  # fmt: skip
         model, state = copy.deepcopy(self.model(name)), self.store.path(title, ".state.pt")
+        if args.scratch:
+            model.load_state_dict(self.bare_model(seed)[0].state_dict(), strict=False)  # but for what a method adds
         train(model, self.training, self.normalize, self.size[1:], recipe, seed, state, title)
         arrays = {"right": self.outputs(model, title)["right"]}
         if not self.weights(name).exists():
@@ -328,13 +330,14 @@ class Comparison:
         to_train = not all(self.store.has(f"{name} seed {seed}") for name, seed in runs)
         if to_train:
             self.settings.check()
-        for name in tqdm(names, desc="without training", unit="model"):
-            self.measure(name)
-        self.time_all("speed", names, self.model)
-        report(self.args, self.store, self.named, merges, [], self.size)
+        if not self.args.scratch:
+            for name in tqdm(names, desc="without training", unit="model"):
+                self.measure(name)
+            self.time_all("speed", names, self.model)
+            report(self.args, self.store, self.named, merges, [], self.size)
         if to_train:
             self.settings.remember("trained")
-        for name, seed in tqdm(runs, desc="fine-tuning", unit="run"):
+        for name, seed in tqdm(runs, desc="training" if self.args.scratch else "fine-tuning", unit="run"):
             self.finetune(name, seed)
         kept = [name for name in names if self.weights(name).exists()]  # earlier versions kept none
         if seeds and "plain" in kept:

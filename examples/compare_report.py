@@ -76,8 +76,9 @@ def rows_of(
     reference: tuple[str, ...],
     seeds: Sequence[int],
     batch_sizes: Sequence[int],
+    training: str = "none",
 ) -> list[dict[str, Any]]:
-    """A row for each model, without training or, of some seeds, fine-tuned.
+    """A row for each model, without training or, of some seeds, trained as ``training`` says.
 
     Points of top-1 lost to the plain model, and gained on the reference at the same budget, are of the same images, and
     of models trained by the same seeds.
@@ -88,13 +89,13 @@ def rows_of(
         for name, of in results.items()
     }
     rows = []
-    plain_cost = store.read("plain")["gmacs"]
+    plain_cost = store.read(results["plain"][0])["gmacs"]
     for name, of in results.items():
         words, budget = named.get(name, (("plain",), 1.0))
         read = [store.read(result) for result in of]
         cost = statistics.mean(values["gmacs"] for values in read)
         row = {
-            "method": " ".join(words), "budget": budget, "training": "fine-tuned" if seeds else "none",
+            "method": " ".join(words), "budget": budget, "training": training,
             "seeds": len(seeds), "images": right[name].shape[1], "parameters_m": read[0]["parameters_m"],
             "gmacs": cost, "ratio": cost / plain_cost, **with_interval("top1", right[name]),
         }  # fmt: skip
@@ -156,15 +157,16 @@ def report(
     from timm_ltm.pictures.charts import read_table
 
     sizes = args.batch_sizes if args.rounds else []
-    tables = {"none": rows_of(store, named, merges[0], (), sizes)}
+    trained = "from scratch" if args.scratch else "fine-tuned"
+    tables = {} if args.scratch else {"none": rows_of(store, named, merges[0], (), sizes)}
     if seeds:
-        tables["fine-tuned"] = rows_of(store, named, merges[0], seeds, sizes)
+        tables[trained] = rows_of(store, named, merges[0], seeds, sizes, trained)
     rows = [row for of in tables.values() for row in of]
     heads = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(args.out / "compare.csv", [{head: row.get(head, "") for head in heads} for row in rows])
     drawn = "images drawn in pairs"
     if len(seeds) > 1:
-        drawn += ", of fine-tuned models seeds too"
+        drawn += ", of trained models seeds too"
     elif seeds:
         drawn += ", and of one seed: how much another would change is not in them"
     of_images = [f"`{' '.join(words)}`" for words in merges if METHODS[words[0]].by_image]
@@ -182,11 +184,11 @@ def report(
         f"1 - cos to the plain model's features, in thousandths. Points are of top-1: lost to the plain model, and "
         f"gained on `{' '.join(merges[0])}` at the same budget. Each method merges by its own schedule, or by the one "
         f"that is listed with it, and what it gains includes that.{by_image}",
-        "## Without training",
-        markdown(tables["none"], sizes),
     ]
+    if "none" in tables:
+        text += ["## Without training", markdown(tables["none"], sizes)]
     if seeds:
         count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        text += [f"## Fine-tuned, {count}: {', '.join(map(str, seeds))}", markdown(tables["fine-tuned"], sizes)]
+        text += [f"## {trained.capitalize()}, {count}: {', '.join(map(str, seeds))}", markdown(tables[trained], sizes)]
     (args.out / "compare.md").write_text("\n\n".join(text) + "\n")
     tradeoff_figure(read_table(args.out / "compare.csv"), args.out / "compare.png")

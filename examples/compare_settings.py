@@ -16,8 +16,9 @@ from timm_ltm.cli.common import CommandError
 MEASURED = ("data", "model", "model_kwargs", "img_size", "checkpoint", "ema", "pretrained", "shots", "plain_epochs")
 MEASURED += ("plain_lr", "plain_batch_size", "test_limit", "calibrate", "data_seed", "device")
 TRAINED = ("steps", "epochs", "lr", "own_lr", "weight_decay", "batch_size", "smoothing", "warmup", "scale", "hflip")
-TRAINED += ("refresh_every", "bfloat16", "channels_last")
+TRAINED += ("refresh_every", "bfloat16", "channels_last", "scratch", "merge_warmup")
 VERSION = 2  # of training: 1, which said none, also decayed what timm's models name in no_weight_decay
+BEFORE = {"version": 1, "scratch": False, "merge_warmup": 0.0}  # what earlier versions did, and do not say
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -53,6 +54,11 @@ def arguments(description: str | None) -> argparse.Namespace:
     g.add_argument("--eval-batch-size", type=int, default=32)
     g = p.add_argument_group("fine-tuning, of the plain model too")
     g.add_argument("--steps", type=int, default=0, help="0 is none")
+    g.add_argument(
+        "--scratch", action="store_true",
+        help="train from random weights, the same ones of a seed for all models; nothing is measured without training",
+    )  # fmt: skip
+    g.add_argument("--merge-warmup", type=float, default=0.0, help="share of steps before merging begins")
     g.add_argument("--epochs", type=int, default=0, help="in place of steps")
     g.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     g.add_argument("--lr", type=float, default=5e-5)
@@ -72,6 +78,10 @@ def arguments(description: str | None) -> argparse.Namespace:
     g.add_argument("--channels-last", action="store_true")
     g.add_argument("--save-every", type=int, default=100, help="steps")
     args = p.parse_args()
+    if args.scratch and (args.checkpoint or args.pretrained):
+        p.error("--scratch: got weights beside it, expected none. Leave out --checkpoint or --pretrained.")
+    if args.scratch and not (args.steps or args.epochs):
+        p.error("--scratch: got nothing to train, expected --steps or --epochs.")
     if args.hflip is None:
         args.hflip = 0.0 if args.data is None else 0.5
     for name in ("shots", "plain_epochs", "plain_batch_size", "calibrate", "eval_batch_size", "batch_size"):
@@ -114,7 +124,7 @@ class Settings:
         for kind, now in self.now.items():
             if not self.made(kind) or kind not in self._read():
                 continue
-            before = {"version": 1, **self._read()[kind]} if kind == "trained" else self._read()[kind]
+            before = {**BEFORE, **self._read()[kind]} if kind == "trained" else self._read()[kind]
             for name in now:
                 if name not in but and before.get(name) != now[name]:
                     told = "version of the training" if name == "version" else f"--{name.replace('_', '-')}"

@@ -96,6 +96,7 @@ class Recipe:
         save_every: Steps between saves.
         own_lr: Of parameters that a method adds to the plain model's and learns, which start from random numbers;
             ``lr`` if not given. Thresholds have their own.
+        merge_warmup: Steps before merging begins.
     """
 
     steps: int
@@ -111,6 +112,7 @@ class Recipe:
     channels_last: bool = False
     save_every: int = 100
     own_lr: float | None = None
+    merge_warmup: int = 0
 
 
 def batch_of(seed: int, step: int, count: int, size: int) -> list[int]:
@@ -186,6 +188,8 @@ def train(
         ]
     )
     model.train()
+    if refresh is not None and start < recipe.merge_warmup:
+        model.set_merging(False)
     bar = tqdm(range(start, recipe.steps), desc=title, unit="step", initial=start, total=recipe.steps, leave=False)
     for step in bar:
         torch.manual_seed(1_000_003 * seed + step)
@@ -196,6 +200,8 @@ def train(
         targets = pictures.labels[indices].to(device)
         scheduler.step_update(step + 1 if step < recipe.warmup else step)  # not a first step of rate 0
         if refresh is not None:
+            if step == recipe.merge_warmup:
+                model.set_merging(None)
             refresh.labels(targets)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
             logits = model(x)
@@ -215,6 +221,8 @@ def train(
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             save({**saved, "refresh": None if refresh is None else refresh.state_dict()}, state)
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    if refresh is not None:
+        model.set_merging(None)
     model.eval()
 
 

@@ -415,3 +415,30 @@ def test_maps_take_an_image_size_and_methods_that_do_not_fit_are_left_out(tmp_pa
     assert float(row["images_per_s_b2"]) == pytest.approx(2e3 / float(row["ms_b2"]))
     assert float(row["ms_low_b2"]) <= float(row["ms_b2"]) <= float(row["ms_high_b2"])
     assert float(row["latency_ratio_b2"]) == pytest.approx(float(row["ms_b2"]) / float(rows["plain", "none"]["ms_b2"]))
+
+
+def test_from_scratch_all_models_start_from_the_same_weights(tmp_path, monkeypatch):
+    """A method that has not begun to merge is the plain model, step by step. Nothing is measured without training."""
+    arguments = ["--model", "test_vit", "--img-size", 16, "--model-kwargs", "patch_size=2", "--test-limit", 20,
+                 "--merge", "tome", "--merge", "ltmp", "--budget", 0.7, "--seeds", 3, 4, "--steps", 3, "--scratch",
+                 "--batch-size", 8, "--lr", 1e-2, "--rounds", 0, "--device", "cpu"]  # fmt: skip
+
+    def weights(folder, name):
+        return torch.load(folder / "results" / f"{name}_fine-tuned.pt")
+
+    run_here(monkeypatch, *arguments, "--merge-warmup", 1, "--out", tmp_path / "never")
+    plain, tome = (weights(tmp_path / "never", name) for name in ("plain", "tome_0.7"))
+    assert all(torch.equal(value, tome[name]) for name, value in plain.items())
+    run_here(monkeypatch, *arguments, "--merge-warmup", 0.4, "--out", tmp_path / "later")
+    later = weights(tmp_path / "later", "tome_0.7")
+    assert all(torch.equal(v, weights(tmp_path / "later", "plain")[name]) for name, v in plain.items())
+    assert not torch.equal(plain["blocks.0.attn.qkv.weight"], later["blocks.0.attn.qkv.weight"])
+    rows = rows_in(tmp_path / "later")
+    assert list(rows) == [(name, "from scratch") for name in ("plain", "tome", "ltmp")]
+    assert float(rows["tome", "from scratch"]["ratio"]) <= 0.7
+    assert {row["seeds"] for row in rows.values()} == {"2"}
+    text = (tmp_path / "later" / "compare.md").read_text()
+    assert "## From scratch, 2 seeds: 3, 4" in text
+    assert "Without training" not in text
+    with pytest.raises(SystemExit, match=r"--merge-warmup: got 0\.0, expected 0\.4"):
+        run_here(monkeypatch, *arguments, "--seeds", 5, "--out", tmp_path / "later")
