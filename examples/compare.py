@@ -38,8 +38,8 @@ import timm_ltm
 from timm_ltm.cli.common import CommandError, load_model, parameters_of, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, outputs_of
+from timm_ltm.methods.ltm.information import mutual_information
 from timm_ltm.methods.ltmp import calibrate, flops_ratio
-from timm_ltm.models.saved import is_own
 from timm_ltm.probe import fit_head
 from timm_ltm.reduction import METHODS
 from timm_ltm.speed import times_of
@@ -72,7 +72,7 @@ class Comparison:
         config = {**resolve_model_data_config(self.plain), "input_size": self.size}
         self.mean, self.std = (255.0 * torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         clean = create_transform(**config, is_training=False, use_prefetcher=True)  # which leaves uint8
-        self.merging = cache(self._merging)
+        self.merging, self.told = cache(self._merging), {}  # what clusters tell of labels, by model
         room, pictures = args.cache_gb * 5e8, partial(Pictures, workers=args.workers)
 
         def decode(image: object) -> Tensor:
@@ -156,7 +156,8 @@ class Comparison:
         method, given = words[0], settings_of(words[1:])
         if method not in METHODS:
             raise CommandError(f"--merge: got {method!r}, expected one of {', '.join(METHODS)}.")
-        file = self.store.path(f"{' '.join(words)} {budget:g}", ".pt")
+        name = f"{' '.join(words)} {budget:g}"
+        file = self.store.path(name, ".pt")
         saved = torch.load(file, map_location=self.args.device) if file.exists() else None
         if saved is not None and "left_out" in saved:
             return saved["left_out"]
@@ -170,15 +171,35 @@ class Comparison:
                 raise CommandError(f"--merge {' '.join(words)}: {error}") from None
             save({"left_out": str(error)}, file)
             return str(error)
-        own = {name: p for name, p in model.named_parameters() if is_own(name)}
         if saved is None:  # a schedule takes seconds to find
+            self.told[name] = self.clustered(model) if self.args.clusters else {}
             found = {k: v for k, v in given.items() if k != "schedule"} | model.config.setting_of(model.block_amounts)
-            save({"settings": json.loads(json.dumps(found)), "own": {n: p.detach() for n, p in own.items()}}, file)
+            own = {key: value for key, value in model.state_dict().items() if ".reducer." in key}
+            save({"settings": json.loads(json.dumps(found)), "own": own, "told": self.told[name]}, file)
         else:
-            with torch.no_grad():
-                for name, p in own.items():
-                    p.copy_(saved["own"][name])
+            model.load_state_dict(saved["own"], strict=False)
+            self.told[name] = saved.get("told", {})
         return model
+
+    @torch.no_grad()
+    def clustered(self, model: nn.Module) -> dict[str, float]:
+        """Clusters and Q from one pass over training images; what clusters tell of labels, in nats, by reducer."""
+        if not any(reducer.collects for _, reducer in model.reducers()):
+            return {}
+        refresh = timm_ltm.ClusterRefresh(model)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # its statistics are the plain model's
+        order = random.Random(self.args.data_seed).sample(range(len(self.clean)), len(self.clean))
+        for x, labels in self.batches(self.clean, order[: self.args.clusters]):
+            model(x)
+            refresh.step(labels.to(x.device))
+        refresh.epoch_end()
+        model.reduction.epoch.zero_()
+        model.eval()
+        shares = torch.bincount(self.clean.labels, minlength=self.classes).double().cpu() / len(self.clean)
+        return {name: float(mutual_information(q.double().cpu().exp() * shares)) for name, q in refresh.log_q.items()}
 
     def converted(self, method: str, settings: dict[str, object]) -> nn.Module:
         torch.manual_seed(0)
@@ -345,13 +366,19 @@ class Comparison:
         report(self.args, self.store, self.named, merges, seeds, self.size)
 
 
-def main() -> None:
-    args = arguments(__doc__)
+def run(kind: type[Comparison], args: argparse.Namespace) -> Comparison:
+    """A comparison, run to its end."""
     try:
-        Comparison(args).run()
+        comparison = kind(args)
+        comparison.run()
     except (CommandError, ValueError) as error:
         raise SystemExit(f"compare: {' '.join(str(error).split())}") from None
     print((args.out / "compare.md").read_text())
+    return comparison
+
+
+def main() -> None:
+    run(Comparison, arguments(__doc__))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,16 @@ from timm_ltm.cli.common import CommandError
 
 # What results depend on: of the plain model and of the data, and of fine-tuning
 MEASURED = ("data", "model", "model_kwargs", "img_size", "checkpoint", "ema", "pretrained", "shots", "plain_epochs")
-MEASURED += ("plain_lr", "plain_batch_size", "test_limit", "calibrate", "data_seed", "device")
+MEASURED += ("plain_lr", "plain_batch_size", "test_limit", "calibrate", "clusters", "data_seed", "device")
 TRAINED = ("steps", "epochs", "lr", "own_lr", "weight_decay", "batch_size", "smoothing", "warmup", "scale", "hflip")
 TRAINED += ("refresh_every", "bfloat16", "channels_last", "scratch", "merge_warmup")
 VERSION = 2  # of training: 1, which said none, also decayed what timm's models name in no_weight_decay
-BEFORE = {"version": 1, "scratch": False, "merge_warmup": 0.0}  # what earlier versions did, and do not say
+BEFORE = {
+    "version": 1,
+    "clusters": 0,
+    "scratch": False,
+    "merge_warmup": 0.0,
+}  # what earlier versions did, and do not say
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -47,6 +52,9 @@ def arguments(description: str | None) -> argparse.Namespace:
         help="may be repeated, the first is the reference; all methods if not given",
     )  # fmt: skip
     g.add_argument("--calibrate", type=int, default=128, help="training images that LTMP's thresholds are set by")
+    g.add_argument(
+        "--clusters", type=int, default=0, help="training images and labels from which LTM has clusters from the start"
+    )
     g = p.add_argument_group("measurement")
     g.add_argument("--test-limit", type=int, default=0, help="validation images, drawn at random; 0 is all")
     g.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="of timing")
@@ -124,7 +132,7 @@ class Settings:
         for kind, now in self.now.items():
             if not self.made(kind) or kind not in self._read():
                 continue
-            before = {**BEFORE, **self._read()[kind]} if kind == "trained" else self._read()[kind]
+            before = {**BEFORE, **self._read()[kind]}
             for name in now:
                 if name not in but and before.get(name) != now[name]:
                     told = "version of the training" if name == "version" else f"--{name.replace('_', '-')}"

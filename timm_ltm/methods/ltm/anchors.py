@@ -24,7 +24,7 @@ from timm_ltm.reduction.reducer import Seen, Site, recomputing, register_method
 from timm_ltm.reduction.settings import Config, check_flag, check_number, check_whole
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, fixed, one_hot, take
 
-__all__ = ["LTM", "Clustered", "LTMConfig", "TrainedConfig"]
+__all__ = ["LTM", "Clustered", "LTMConfig", "TrainedConfig", "in_slots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class LTM(Clustered, LineReducer):
         rest: Tensor | None = None
         if line.advice is not None:
             assert line.cells is not None, "advice is for cells"
-            own, rest = _in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
+            own, rest = in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
             similarity = at_least_float32(self.log_beta).exp() * similarity
             if self.training:
                 return soft_mask(order, similarity, line.size, own, rest)
@@ -177,10 +177,12 @@ class LTM(Clustered, LineReducer):
         if not self.config.update or not (self.training or self.updates):
             return None
         values = self._values(z)
-        # MLP of Eq. 3: two linear layers with a ReLU between, of which the projection is the first
-        step = at_least_float32(self.mlp(F.relu(values)))
         of_cells = self._direction(at_least_float32(values), tokens)
-        return mask_update(step, of_cells, at_least_float32(self.eta))
+        return mask_update(self._step(values), of_cells, at_least_float32(self.eta))
+
+    def _step(self, values: Tensor) -> Tensor:
+        """MLP(Z) of Eq. 3 (B, N, d): two linear layers with a ReLU between, of which the projection is the first."""
+        return at_least_float32(self.mlp(F.relu(values)))
 
     def observe(self, z: Tensor, tokens: Tokens, seen: Seen) -> None:
         if self.config.update:
@@ -204,7 +206,7 @@ class LTM(Clustered, LineReducer):
         return self.clusters(flat).reshape(-1, self.num_cells, self.cluster_dim)
 
 
-def _in_slots(update: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+def in_slots(update: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 3 where it is read: each anchor in its own slot (B, P), the others in every slot (B, M, P).
 
     Args:

@@ -1,0 +1,206 @@
+"""Does LTM's learned part pay, in which form? Forms of it as a method ``learned``, through examples/compare.py.
+
+    python benchmarks/learned.py DATA --model vit_small_patch14_dinov2 --img-size 112 --checkpoint WEIGHTS \\
+        --budget 0.5 --clusters 1500 --merge ltm update=False --merge learned step=residual eta=3
+
+All of compare.py's options, its tables, paired intervals and seeds. Settings of ``learned`` beside those of ``ltm``:
+
+    step         mlp: MLP(Z) of Eq. 3, which starts from random numbers; residual: Z + MLP(Z), so that the first step is
+                 the gradient's
+    eta          the step's size at first, of unit gradients
+    direction    clusters: the gradient; constant: learned numbers in its place, the same for every image
+    acts_on      both; weights: how much tokens count; destinations: where they go; order: which tokens are anchors
+    first_block  the update acts from that block on
+    metric       not 0: keys are compared behind a learned residual projection; its gradient is that of a softmax of so
+                 many times the cosine, while destinations stay hard
+    metric_dim   width of a head
+
+With --clusters, by block: what the clusters tell of labels, the share of tokens whose destination the update changes,
+and the weight that it moves within slots (half the sum of absolute differences, per slot).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_ltm.cli.common import as_table, write_csv
+from timm_ltm.methods.ltm import LTM, LTMConfig
+from timm_ltm.methods.ltm.anchors import in_slots
+from timm_ltm.reduction.lines import Line
+from timm_ltm.reduction.masks import HardMask, Mask, SoftMask, hard_mask, soft_mask
+from timm_ltm.reduction.matching import order_by_redundancy, redundancy
+from timm_ltm.reduction.reducer import Seen, Site, register_method
+from timm_ltm.reduction.settings import check_number, check_whole, setting_error
+from timm_ltm.reduction.tokens import Tokens, at_least_float32, one_hot, take
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import compare
+
+CHOICES = {
+    "step": ("mlp", "residual"),
+    "direction": ("clusters", "constant"),
+    "acts_on": ("both", "weights", "destinations", "order"),
+}
+TIE = 0.01  # of a cosine, that one deviation of the update is worth in the order of redundancy
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedConfig(LTMConfig):
+    """See the top of this file."""
+
+    step: str = "mlp"
+    eta: float = 1.0
+    direction: str = "clusters"
+    acts_on: str = "both"
+    first_block: int = 0
+    metric: float = 0.0
+    metric_dim: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise setting_error(name, getattr(self, name), f"one of {choices}", "Choose one of these.")
+        self._set("eta", check_number("eta", self.eta, -1e6))
+        self._set("first_block", check_whole("first_block", self.first_block, 0))
+        self._set("metric", check_number("metric", self.metric, 0.0, at_least=True))
+        self._set("metric_dim", check_whole("metric_dim", self.metric_dim, 1))
+
+
+@register_method("learned")
+class Learned(LTM):
+    """LTM with its learned part in other forms.
+
+    Attributes:
+        moved: Where it is a list: of every forward pass the share of changed destinations, and the weight moved.
+    """
+
+    Config = LearnedConfig
+    moved: list[tuple[float, float]] | None = None
+
+    def __init__(
+        self, site: Site, amount: float, config: LearnedConfig, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(site, amount, config, device, dtype)
+        dd = {"device": device, "dtype": dtype}
+        if config.update and config.direction == "constant":
+            self.constant = nn.Parameter(torch.randn(self.num_cells, self.cluster_dim, **dd))
+        if config.update and self.eta.device.type != "meta":
+            nn.init.constant_(self.eta, config.eta)
+        if config.metric:
+            self.metric = nn.Parameter(torch.zeros(config.metric_dim, config.metric_dim, **dd))
+
+    # The step
+
+    def _step(self, values: Tensor) -> Tensor:
+        step = super()._step(values)
+        return step if self.config.step == "mlp" else at_least_float32(values) / self.cluster_dim + step
+
+    def _direction(self, values: Tensor, tokens: Tokens) -> Tensor:
+        found = super()._direction(values, tokens)
+        return found if self.config.direction == "clusters" else self.constant.expand_as(found)
+
+    def advice(self, z: Tensor, tokens: Tokens) -> Tensor | None:
+        advice = super().advice(z, tokens)
+        return advice if advice is None or self.site.index >= self.config.first_block else 0.0 * advice
+
+    # What it acts on
+
+    def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
+        if self.config.metric:
+            keys = at_least_float32(seen.keys)
+            seen = seen._replace(keys=keys + keys @ at_least_float32(self.metric))
+        return super().mask(z, tokens, seen)
+
+    def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
+        acts_on, P = self.config.acts_on, num_slots
+        order = self._order(line, P)
+        unit, own, rest = take(line.unit, order), None, None
+        similarity = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
+        if line.advice is not None and acts_on != "order":
+            own, rest = in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
+            similarity = at_least_float32(self.log_beta).exp() * similarity
+            if self.training and not self.config.metric:
+                # soft_mask adds the update to what it is given: to where tokens go, and to how much they count
+                logits = similarity if acts_on != "weights" else similarity - rest
+                if acts_on == "destinations":
+                    return soft_mask(order, logits + rest, line.size)
+                return soft_mask(order, logits, line.size, own, rest)
+        nearest = similarity.argmax(dim=2)
+        slot = nearest if rest is None or acts_on == "weights" else (similarity + rest).argmax(dim=2)
+        if acts_on == "destinations":
+            own = rest = None
+        of_slot = None if rest is None else rest.gather(2, slot.unsqueeze(2)).squeeze(2)
+        mask = hard_mask(order, slot, line.size, P, own, of_slot)
+        if self.moved is not None:
+            plain = hard_mask(order, nearest, line.size, P)
+            weight = (mask.dense() - plain.dense()).abs().sum(dim=1).mean() / 2
+            self.moved.append(((slot != nearest).float().mean().item(), weight.item()))
+        if self.training and self.config.metric:
+            cosines = unit[:, P:] @ unit[:, :P].transpose(1, 2)
+            return _straight_through(mask, (self.config.metric * cosines).softmax(dim=2), line.size, own, rest)
+        return mask
+
+    def _order(self, line: Line, num_slots: int) -> Tensor:
+        """As LTM's; acting on it, an anchor is sooner what the update counts for more in its own slot."""
+        if line.advice is None or self.config.acts_on != "order":
+            return order_by_redundancy(line.unit, num_slots, line.size)
+        own = line.advice.gather(2, line.cells.unsqueeze(2)).squeeze(2)
+        own = (own - own.mean(dim=1, keepdim=True)) / own.std(dim=1, keepdim=True).clamp_min(1e-6)
+        ranked = (redundancy(line.unit, line.size) - TIE * own).argsort(dim=1)
+        return torch.cat((ranked[:, :num_slots].sort(dim=1).values, ranked[:, num_slots:]), dim=1)
+
+
+def _straight_through(mask: HardMask, soft: Tensor, size: Tensor, own: Tensor | None, rest: Tensor | None) -> SoftMask:
+    """A hard mask with the gradient of soft destinations (B, M, P)."""
+    P, size = soft.shape[2], size.gather(1, mask.order)
+    to = one_hot(mask.slot, P, soft.dtype) + soft - soft.detach()
+    own_weight, rest_weight = size[:, :P], size[:, P:].unsqueeze(2) * to
+    if own is not None and rest is not None:
+        own_weight, rest_weight = own_weight * own.exp(), rest_weight * rest.exp()
+    total = own_weight + rest_weight.sum(dim=1)
+    return SoftMask(mask.order, to, own_weight / total, rest_weight / total.unsqueeze(1), mask.size)
+
+
+# What the update does
+
+
+class Experiments(compare.Comparison):
+    """compare.py's, and the tables of what updates tell and move."""
+
+    @torch.no_grad()
+    def moves(self) -> list[dict[str, Any]]:
+        """By block of every model with clusters: nats of the label, changed destinations, moved weight."""
+        x, rows = self.first(self.tests, 64), []
+        for name in self.named:
+            model = copy.deepcopy(self.model(name)).eval()
+            told = self.told.get(name, {})
+            reducers = [(block, r) for block, r in model.reducers() if isinstance(r, Learned) and block in told]
+            for _, reducer in reducers:
+                reducer.moved = []
+            model(x)
+            for block, reducer in reducers:
+                changed, weight = reducer.moved[0]
+                row = {"model": name, "block": block.removesuffix(".reducer"), "nats": told[block]}
+                rows.append({**row, "changed": changed, "moved": weight})
+        return rows
+
+
+def main() -> None:
+    args = compare.arguments(__doc__)
+    experiments = compare.run(Experiments, args)
+    rows = experiments.moves() if args.clusters else []
+    if rows:
+        write_csv(args.out / "moves.csv", rows)
+        print(as_table(rows))
+
+
+if __name__ == "__main__":
+    main()
