@@ -193,8 +193,10 @@ class Comparison:
                 module.eval()  # its statistics are the plain model's
         order = random.Random(self.args.data_seed).sample(range(len(self.clean)), len(self.clean))
         for x, labels in self.batches(self.clean, order[: self.args.clusters]):
+            labels = labels.to(x.device)
+            refresh.labels(labels)
             model(x)
-            refresh.step(labels.to(x.device))
+            refresh.step(labels)
         refresh.epoch_end()
         model.reduction.epoch.zero_()
         model.eval()

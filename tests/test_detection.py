@@ -242,3 +242,28 @@ def test_gmacs_are_those_of_the_parts():
 def test_labels_are_shares_of_objects():
     labels = detection.image_labels([{"labels": torch.tensor([1, 1, 3, 2])}, {"labels": torch.zeros(0).long()}], 5)
     assert torch.equal(labels, torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+
+
+def test_an_exported_backbone_and_head_take_other_batch_sizes(tmp_path):
+    """The head reads the batch's size from the maps that were put back."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = detection.ssdlite("ltm_mobilevit_xxs", num_classes=5, size=64, strides=[8, 16, 32]).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = model.backbone, model.head
+
+        def forward(self, x):
+            return self.head([*self.backbone(x).values()])["cls_logits"]
+
+    net, path = Logits().eval(), tmp_path / "logits.onnx"
+    torch.onnx.export(
+        net, (torch.randn(2, 3, 64, 64),), path, dynamo=False, opset_version=17, input_names=["x"], output_names=["y"],
+        dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(path)
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), net(x))

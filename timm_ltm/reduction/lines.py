@@ -249,15 +249,16 @@ class Placement(NamedTuple):
 
     def unmerge(self, x: Tensor) -> Tensor:
         """A merged map (B, H', W', D) as the plain model's (B, H, W, D)."""
+        shape = (x.shape[0], *self.grid, fixed(x.shape[3]))  # with B: -1 is a constant of exported graphs
         if self.whole is not None:
-            return (self.whole.to(x.dtype) @ x.flatten(1, 2)).unflatten(1, self.grid)
+            return (self.whole.to(x.dtype) @ x.flatten(1, 2)).reshape(shape)
         assert self.rows is not None
         assert self.columns is not None
         H_, W_ = self.merged
         x = self.rows.to(x.dtype) @ x.reshape(x.shape[0], H_, -1)  # B H H' @ B H' (W' D)
         x = x.reshape(-1, W_, fixed(x.shape[2]) // W_)  # (B H) W' D
         columns = self.columns.to(x.dtype).repeat_interleave(self.grid[0], dim=0)  # (B H) W W'
-        return (columns @ x).unflatten(0, (-1, self.grid[0]))
+        return (columns @ x).reshape(shape)  # (B H) W D -> B H W D
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean (B, D) of a merged map (B, H', W', D) as if it were put back: weighted by size."""
