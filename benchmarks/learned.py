@@ -10,23 +10,27 @@ All of compare.py's options, its tables, paired intervals and seeds. Settings of
     eta          the step's size at first, of unit gradients
     direction    clusters: the gradient; constant: learned numbers in its place, the same for every image
     acts_on      both; weights: how much tokens count; destinations: where they go; order: which tokens are anchors
+                 (nothing is learned: an order has no gradient)
     first_block  the update acts from that block on
     metric       not 0: keys are compared behind a learned residual projection; its gradient is that of a softmax of so
                  many times the cosine, while destinations stay hard
     metric_dim   width of a head
 
-With --clusters, by block: what the clusters tell of labels, the share of tokens whose destination the update changes,
-and the weight that it moves within slots (half the sum of absolute differences, per slot).
+With --clusters, by block of each ``learned``: what clusters tell of labels of other images, the share of tokens whose
+destination the update changes (of anchors, where it acts on the order), and the weight that it moves within slots (half
+the sum of absolute differences, per slot).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +42,7 @@ from timm_ltm.reduction.masks import HardMask, Mask, SoftMask, hard_mask, soft_m
 from timm_ltm.reduction.matching import order_by_redundancy, redundancy
 from timm_ltm.reduction.reducer import Seen, Site, register_method
 from timm_ltm.reduction.settings import check_number, check_whole, setting_error
-from timm_ltm.reduction.tokens import Tokens, at_least_float32, one_hot, take
+from timm_ltm.reduction.tokens import Tokens, at_least_float32, no_autocast, one_hot, take
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import compare
@@ -68,13 +72,14 @@ class LearnedConfig(LTMConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise setting_error(name, getattr(self, name), f"one of {choices}", "Choose one of these.")
-        self._set("eta", check_number("eta", self.eta, -1e6))
+        self._set("eta", check_number("eta", self.eta, -math.inf))
         self._set("first_block", check_whole("first_block", self.first_block, 0))
         self._set("metric", check_number("metric", self.metric, 0.0, at_least=True))
         self._set("metric_dim", check_whole("metric_dim", self.metric_dim, 1))
+        if self.metric and self.acts_on != "both":
+            raise setting_error("acts_on", self.acts_on, "'both' with a metric", "Leave out one of them.")
 
 
-@register_method("learned")
 class Learned(LTM):
     """LTM with its learned part in other forms.
 
@@ -88,14 +93,26 @@ class Learned(LTM):
     def __init__(
         self, site: Site, amount: float, config: LearnedConfig, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(site, amount, config, device, dtype)
         dd = {"device": device, "dtype": dtype}
+        super().__init__(site, amount, config, **dd)
         if config.update and config.direction == "constant":
-            self.constant = nn.Parameter(torch.randn(self.num_cells, self.cluster_dim, **dd))
-        if config.update and self.eta.device.type != "meta":
-            nn.init.constant_(self.eta, config.eta)
+            self.constant = nn.Parameter(torch.empty(self.num_cells, self.cluster_dim, **dd))
         if config.metric:
-            self.metric = nn.Parameter(torch.zeros(config.metric_dim, config.metric_dim, **dd))
+            self.metric = nn.Parameter(torch.empty(config.metric_dim, config.metric_dim, **dd))
+        self._reset_further()
+
+    def reset_parameters(self) -> None:
+        """Initial values: LTM's, and no metric yet."""
+        super().reset_parameters()
+        self._reset_further()
+
+    def _reset_further(self) -> None:
+        if self.config.update:
+            nn.init.constant_(self.eta, self.config.eta)
+        if hasattr(self, "constant"):
+            nn.init.normal_(self.constant)
+        if hasattr(self, "metric"):
+            nn.init.zeros_(self.metric)
 
     # The step
 
@@ -115,8 +132,13 @@ class Learned(LTM):
 
     def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
         if self.config.metric:
-            keys = at_least_float32(seen.keys)
-            seen = seen._replace(keys=keys + keys @ at_least_float32(self.metric))
+            if seen.keys.shape[2] != len(self.metric):
+                raise ValueError(
+                    f"metric_dim: got {len(self.metric)}, expected {seen.keys.shape[2]}, the width of a head's keys."
+                )
+            with no_autocast(z):
+                keys = at_least_float32(seen.keys)
+                seen = seen._replace(keys=keys + keys @ at_least_float32(self.metric))
         return super().mask(z, tokens, seen)
 
     def choose(self, line: Line, num_slots: int) -> HardMask | SoftMask:
@@ -142,7 +164,14 @@ class Learned(LTM):
         if self.moved is not None:
             plain = hard_mask(order, nearest, line.size, P)
             weight = (mask.dense() - plain.dense()).abs().sum(dim=1).mean() / 2
-            self.moved.append(((slot != nearest).float().mean().item(), weight.item()))
+            changed = (slot != nearest).float().mean()
+            if acts_on == "order":
+                anchors = [
+                    torch.zeros_like(line.size).scatter(1, of[:, :P], 1.0)
+                    for of in (order, order_by_redundancy(line.unit, P, line.size))
+                ]
+                changed = (anchors[0] - anchors[1]).abs().sum(dim=1).mean() / (2 * P)
+            self.moved.append((changed.item(), weight.item()))
         if self.training and self.config.metric:
             cosines = unit[:, P:] @ unit[:, :P].transpose(1, 2)
             return _straight_through(mask, (self.config.metric * cosines).softmax(dim=2), line.size, own, rest)
@@ -177,7 +206,7 @@ class Experiments(compare.Comparison):
 
     @torch.no_grad()
     def moves(self) -> list[dict[str, Any]]:
-        """By block of every model with clusters: nats of the label, changed destinations, moved weight."""
+        """By block of every model of ``learned`` with clusters: nats of the label, what is changed, moved weight."""
         x, rows = self.first(self.tests, 64), []
         for name in self.named:
             model = copy.deepcopy(self.model(name)).eval()
@@ -185,9 +214,10 @@ class Experiments(compare.Comparison):
             reducers = [(block, r) for block, r in model.reducers() if isinstance(r, Learned) and block in told]
             for _, reducer in reducers:
                 reducer.moved = []
+            model.set_merging(True)
             model(x)
             for block, reducer in reducers:
-                changed, weight = reducer.moved[0]
+                changed, weight = np.mean(reducer.moved, axis=0).tolist()  # of maps, rows and columns
                 row = {"model": name, "block": block.removesuffix(".reducer"), "nats": told[block]}
                 rows.append({**row, "changed": changed, "moved": weight})
         return rows
@@ -195,6 +225,7 @@ class Experiments(compare.Comparison):
 
 def main() -> None:
     args = compare.arguments(__doc__)
+    register_method("learned")(Learned)
     experiments = compare.run(Experiments, args)
     rows = experiments.moves() if args.clusters else []
     if rows:

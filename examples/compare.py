@@ -5,7 +5,8 @@
 
 DATA holds train/CLASS/*.jpg and validation/CLASS/*.jpg; without it, scikit-learn's digits are written and taken.
 WEIGHTS is a checkpoint of timm's train.py or anybody's; without a head of DATA's classes, one is fitted to --shots
-images of each by logistic regression. Without --checkpoint or --pretrained the plain model is trained first.
+images of each by logistic regression. Without --checkpoint or --pretrained the plain model is trained first, or, with
+--scratch, every model from random weights.
 
 Writes compare.csv, compare.md and compare.png to --out, and each measurement as soon as it is done: a run that was
 killed goes on where it was. More methods, budgets or seeds may be added to a run that is done. Of each model, the
@@ -28,7 +29,7 @@ import torch
 from compare_report import Store, report
 from compare_settings import Settings, arguments
 from digits_folder import write_digits
-from finetuning import Pictures, Recipe, save, shortened, train
+from finetuning import Pictures, Recipe, clusters_first, save, shortened, train
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -38,7 +39,6 @@ import timm_ltm
 from timm_ltm.cli.common import CommandError, load_model, parameters_of, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, outputs_of
-from timm_ltm.methods.ltm.information import mutual_information
 from timm_ltm.methods.ltmp import calibrate, flops_ratio
 from timm_ltm.probe import fit_head
 from timm_ltm.reduction import METHODS
@@ -172,7 +172,7 @@ class Comparison:
             save({"left_out": str(error)}, file)
             return str(error)
         if saved is None:  # a schedule takes seconds to find
-            self.told[name] = self.clustered(model) if self.args.clusters else {}
+            self.told[name] = self.clustered(model)
             found = {k: v for k, v in given.items() if k != "schedule"} | model.config.setting_of(model.block_amounts)
             own = {key: value for key, value in model.state_dict().items() if ".reducer." in key}
             save({"settings": json.loads(json.dumps(found)), "own": own, "told": self.told[name]}, file)
@@ -181,27 +181,15 @@ class Comparison:
             self.told[name] = saved.get("told", {})
         return model
 
-    @torch.no_grad()
     def clustered(self, model: nn.Module) -> dict[str, float]:
-        """Clusters and Q from one pass over training images; what clusters tell of labels, in nats, by reducer."""
-        if not any(reducer.collects for _, reducer in model.reducers()):
+        """See :func:`finetuning.clusters_first`: of --clusters training images, and of 500 others."""
+        if not self.args.clusters:
             return {}
-        refresh = timm_ltm.ClusterRefresh(model)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()  # its statistics are the plain model's
         order = random.Random(self.args.data_seed).sample(range(len(self.clean)), len(self.clean))
-        for x, labels in self.batches(self.clean, order[: self.args.clusters]):
-            labels = labels.to(x.device)
-            refresh.labels(labels)
-            model(x)
-            refresh.step(labels)
-        refresh.epoch_end()
-        model.reduction.epoch.zero_()
-        model.eval()
-        shares = torch.bincount(self.clean.labels, minlength=self.classes).double().cpu() / len(self.clean)
-        return {name: float(mutual_information(q.double().cpu().exp() * shares)) for name, q in refresh.log_q.items()}
+        chosen, others = order[: self.args.clusters], order[self.args.clusters :][:500]
+        return clusters_first(
+            model, partial(self.batches, self.clean, chosen), partial(self.batches, self.clean, others or chosen)
+        )
 
     def converted(self, method: str, settings: dict[str, object]) -> nn.Module:
         torch.manual_seed(0)

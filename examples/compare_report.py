@@ -176,12 +176,13 @@ def report(
         if of_images
         else ""
     )
+    errors = "" if args.scratch else "Errors: 1 - cos to the plain model's features, in thousandths. "
     text = [
         f"# {args.model}, {size[1]} x {size[2]}, {rows[0]['images']} images",
         f"`python {shlex.join(sys.argv)}`",
         f"timm_ltm {timm_ltm.__version__}, timm {timm.__version__}, torch {torch.__version__}, {args.device}, "
-        f"{torch.get_num_threads()} threads. In brackets: intervals of 95 %, {drawn}; of times, quartiles. Errors: "
-        f"1 - cos to the plain model's features, in thousandths. Points are of top-1: lost to the plain model, and "
+        f"{torch.get_num_threads()} threads. In brackets: intervals of 95 %, {drawn}; of times, quartiles. "
+        f"{errors}Points are of top-1: lost to the plain model, and "
         f"gained on `{' '.join(merges[0])}` at the same budget. Each method merges by its own schedule, or by the one "
         f"that is listed with it, and what it gains includes that.{by_image}",
     ]

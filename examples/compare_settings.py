@@ -14,16 +14,14 @@ from timm_ltm.cli.common import CommandError
 
 # What results depend on: of the plain model and of the data, and of fine-tuning
 MEASURED = ("data", "model", "model_kwargs", "img_size", "checkpoint", "ema", "pretrained", "shots", "plain_epochs")
-MEASURED += ("plain_lr", "plain_batch_size", "test_limit", "calibrate", "clusters", "data_seed", "device")
+MEASURED += ("plain_lr", "plain_batch_size", "test_limit", "calibrate", "clusters", "data_seed", "device", "scratch")
 TRAINED = ("steps", "epochs", "lr", "own_lr", "weight_decay", "batch_size", "smoothing", "warmup", "scale", "hflip")
-TRAINED += ("refresh_every", "bfloat16", "channels_last", "scratch", "merge_warmup")
-VERSION = 2  # of training: 1, which said none, also decayed what timm's models name in no_weight_decay
-BEFORE = {
-    "version": 1,
-    "clusters": 0,
-    "scratch": False,
-    "merge_warmup": 0.0,
-}  # what earlier versions did, and do not say
+TRAINED += ("refresh_every", "bfloat16", "channels_last", "merge_warmup")
+# Of training. 1, which said none, also decayed what timm's models name in no_weight_decay; 2 smoothed Q by one image in
+# every cell, and its T left phi half of the entropy
+VERSION = 3
+# What earlier versions did, and do not say
+BEFORE = {"version": 1, "clusters": 0, "scratch": False, "merge_warmup": 0.0}
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -90,6 +88,12 @@ def arguments(description: str | None) -> argparse.Namespace:
         p.error("--scratch: got weights beside it, expected none. Leave out --checkpoint or --pretrained.")
     if args.scratch and not (args.steps or args.epochs):
         p.error("--scratch: got nothing to train, expected --steps or --epochs.")
+    if args.scratch and args.clusters:
+        p.error("--scratch: got --clusters beside it, expected none: they would be of other weights. Leave them out.")
+    if args.clusters < 0:
+        p.error(f"--clusters: got {args.clusters}, expected 0 or more.")
+    if not 0 <= args.merge_warmup <= 1:
+        p.error(f"--merge-warmup: got {args.merge_warmup:g}, expected a share of all steps, from 0 to 1.")
     if args.hflip is None:
         args.hflip = 0.0 if args.data is None else 0.5
     for name in ("shots", "plain_epochs", "plain_batch_size", "calibrate", "eval_batch_size", "batch_size"):

@@ -1,4 +1,4 @@
-"""Images kept decoded, and a training that goes on where it was killed, on a CPU to the same bits.
+"""Images kept decoded, clusters before training, and training that goes on where it was killed, bit for bit on a CPU.
 
 All that is random in a step follows from the seed and the step's number, and nothing of it has to be saved. Order,
 crops and flips are the same for all models; what dropout leaves out is not, where models have other numbers of tokens.
@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import timm_ltm
+from timm_ltm.methods.ltm.information import told_of_labels
+from timm_ltm.methods.ltm.update import assign
 from timm_ltm.models import ReducedModel
 from timm_ltm.models.saved import is_own
 
@@ -224,6 +227,50 @@ def train(
     if refresh is not None:
         model.set_merging(None)
     model.eval()
+
+
+@torch.no_grad()
+def clusters_first(
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    others: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+) -> dict[str, float]:
+    """Clusters and Q of a merging model from one pass over images, before any training.
+
+    Args:
+        model: It is left in eval, its epoch 0. A model without clusters stays as it is.
+        batches: Images and labels that they are of.
+        others: Images and labels that they are not of.
+
+    Returns:
+        What the clusters of each reducer tell of the labels of the others, in nats.
+    """
+    if not any(reducer.collects for _, reducer in model.reducers()):
+        return {}
+    refresh = timm_ltm.ClusterRefresh(model, reservoir=10**4)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout, DropPath)):
+            module.eval()
+    classes = torch.ones(model.num_classes)
+    for x, labels in batches():
+        refresh.labels(labels.to(x.device))
+        model(x)
+        refresh.step(labels.to(x.device))
+        classes += torch.bincount(labels, minlength=len(classes))
+    refresh.epoch_end()
+    told: dict[str, list[Tensor]] = {name: [] for name in refresh.log_q}
+    for x, labels in others():
+        refresh.labels(labels.to(x.device))
+        model(x)
+        for name, found in told.items():
+            clusters, log_q = refresh.reducers[name].clusters, refresh.log_q[name]
+            phi = assign(refresh.observers[name].take(), clusters.centroids, clusters.temperature)
+            prior = (classes / classes.sum()).to(log_q)
+            found.append(told_of_labels(phi.to(log_q), log_q, prior, labels.to(x.device)))
+    model.reduction.epoch.zero_()
+    model.eval()
+    return {name: float(torch.cat(found).mean()) for name, found in told.items()}
 
 
 @contextlib.contextmanager

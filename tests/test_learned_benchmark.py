@@ -43,10 +43,12 @@ def results(tmp_path_factory):
     ]  # fmt: skip
     merges = [word for words in merges for word in ("--merge", *words)]
     patch.setattr(sys, "argv", ["learned.py", *arguments, *merges])
-    learned.main()
-    patch.undo()
-    yield out
-    METHODS.pop("learned")
+    try:
+        learned.main()
+        yield out
+    finally:
+        patch.undo()
+        METHODS.pop("learned")
 
 
 def array(folder, name, kind="mean"):
@@ -86,13 +88,15 @@ def test_what_the_update_moves(results):
     """By block: weights alone change no destination, destinations alone do, the order moves nothing within slots."""
     with open(results / "moves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert all(0.0 < float(row["nats"]) < np.log(10) for row in rows)
+    assert all(float(row["nats"]) < np.log(10) for row in rows)
+    assert any(float(row["nats"]) > 0 for row in rows)
     of = {form: [row for row in rows if row["model"] == f"learned {words} 0.6"] for form, words in FORMS.items()}
     changed, moved = ({f: [float(row[key]) for row in of[f]] for f in of} for key in ("changed", "moved"))
     assert not any(changed["weights"])
     assert all(moved["weights"])
     assert any(changed["destinations"])
-    assert not any(changed["order"] + moved["order"])
+    assert any(changed["order"])
+    assert not any(moved["order"])
     late = dict(zip([row["block"] for row in of["late"]], moved["late"], strict=True))
     assert {block for block, weight in late.items() if weight == 0} == {"blocks.1", "blocks.2"}
     assert not of["metric"]

@@ -17,6 +17,7 @@ from timm_ltm.methods.ltm.information import (
     ib_loss,
     joint,
     mutual_information,
+    told_of_labels,
 )
 
 
@@ -41,6 +42,21 @@ def test_q_is_smoothed_by_a_share_of_each_class():
     torch.testing.assert_close(q, (counts + of_all.unsqueeze(1)) / torch.tensor([9.0, 5.0, 1.0], dtype=torch.float64))
     many = class_conditional(5.0 * torch.eye(50, dtype=torch.float64), smoothing=1.0)  # a cluster for each class
     torch.testing.assert_close(many.diagonal(), torch.full((50,), (5.0 + 1 / 50) / 6.0, dtype=torch.float64))
+
+
+def test_what_clusters_tell_of_labels():
+    """Worked out by hand; nothing of noise that Q was not made of, and at most the mutual information."""
+    log_q, prior = torch.tensor([[0.9, 0.2], [0.1, 0.8]]).log(), torch.tensor([0.25, 0.75])
+    phi = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    first, second = 0.9 * 0.25 / (0.9 * 0.25 + 0.2 * 0.75), 0.1 * 0.25 / (0.1 * 0.25 + 0.8 * 0.75)
+    expected = torch.tensor([(1 - first) / 0.75, ((first + second) / 2) / 0.25]).log()
+    torch.testing.assert_close(told_of_labels(phi, log_q, prior, torch.tensor([1, 0])), expected)
+    g = torch.Generator().manual_seed(0)
+    phi, labels = torch.randn(3000, 20, generator=g).mul(3).softmax(dim=1), torch.randint(30, (3000,), generator=g)
+    log_q = class_conditional(phi[:1500].t() @ F.one_hot(labels[:1500], 30).float(), smoothing=1.0).log()
+    prior, halves = torch.full((30,), 1 / 30), (slice(1500), slice(1500, 3000))
+    told = [told_of_labels(phi[half], log_q, prior, labels[half]).mean() for half in halves]
+    assert told[1] < 0 < told[0]
 
 
 def test_mutual_information_of_known_tables():

@@ -27,6 +27,7 @@ __all__ = [
     "ib_loss",
     "joint",
     "mutual_information",
+    "told_of_labels",
 ]
 
 
@@ -44,9 +45,8 @@ def mutual_information(joint_probability: Tensor) -> Tensor:
 def class_conditional(counts: Tensor, smoothing: float = 0.0) -> Tensor:
     """Q(a | y) = sum_i phi_ia 1[y_i = y] / sum_i 1[y_i = y] (Eq. 8), smoothed towards Q(a) of all classes.
 
-    A class of few images says little of many clusters: with one image more in every cell (Laplace) 15 images of each of
-    101 classes are drowned by 64 clusters, and what a real ViT's clusters tell of held-out labels falls from 1.2 to 0.5
-    nats.
+    A class of few images says little of many clusters: with one image more in every cell (Laplace's) 15 images of each
+    of 101 classes would be drowned by 64 clusters.
 
     Args:
         counts: (A, K) the numerator, phi^T onehot(y).
@@ -59,6 +59,22 @@ def class_conditional(counts: Tensor, smoothing: float = 0.0) -> Tensor:
         of_all = counts.sum(dim=1, keepdim=True) + 1.0 / counts.shape[0]
         counts = counts + smoothing * of_all / of_all.sum()
     return counts / counts.sum(dim=0).clamp_min(torch.finfo(counts.dtype).tiny)
+
+
+def told_of_labels(phi: Tensor, log_q: Tensor, prior: Tensor, labels: Tensor) -> Tensor:
+    """log p(y_i | x_i) / p(y_i) (n,) in nats: what clusters tell of labels. Its mean is I(cluster, Y) at most.
+
+    p(y | x) = sum_a phi_a p(y | a) with p(y | a) in proportion to Q(a | y) p(y). To be taken of images that Q was not
+    made of: of its own, noise counts as knowledge.
+
+    Args:
+        phi: (n, A).
+        log_q: log Q(a | y) (A, K).
+        prior: p(y) (K,).
+        labels: (n,) class indices.
+    """
+    posterior = (log_q + prior.log()).softmax(dim=1)  # A K
+    return ((phi @ posterior).gather(1, labels.unsqueeze(1)).squeeze(1) / prior[labels]).log()
 
 
 class InformationSums:
