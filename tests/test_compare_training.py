@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from test_compare import SHAPE, finetuning, rows_in, run_here
+from test_compare import SHAPE, rows_in, run_here
 from timm.optim import create_optimizer_v2
 
 import timm_ltm
 from timm_ltm.cost import gmacs
 from timm_ltm.training import ClusterRefresh
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import finetuning
 
 METHODS = ["ltm", "ltmp", "patch_merger", pytest.param("paper", marks=pytest.mark.slow)]
 
