@@ -39,7 +39,7 @@ from timm_ltm.methods.ltm import LTM, LTMConfig
 from timm_ltm.methods.ltm.anchors import in_slots
 from timm_ltm.reduction.lines import Line
 from timm_ltm.reduction.masks import HardMask, Mask, SoftMask, hard_mask, soft_mask
-from timm_ltm.reduction.matching import order_by_redundancy, redundancy
+from timm_ltm.reduction.matching import order_by, order_by_redundancy, redundancy
 from timm_ltm.reduction.reducer import Seen, Site, register_method
 from timm_ltm.reduction.settings import check_number, check_whole, setting_error
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, no_autocast, one_hot, take
@@ -145,10 +145,10 @@ class Learned(LTM):
         acts_on, P = self.config.acts_on, num_slots
         order = self._order(line, P)
         unit, own, rest = take(line.unit, order), None, None
-        similarity = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
+        similarity = cosines = unit[:, P:] @ unit[:, :P].transpose(1, 2)  # B M P
         if line.advice is not None and acts_on != "order":
             own, rest = in_slots(take(line.advice, order), line.cells.gather(1, order[:, :P]))
-            similarity = at_least_float32(self.log_beta).exp() * similarity
+            similarity = at_least_float32(self.log_beta).exp() * cosines
             if self.training and not self.config.metric:
                 # soft_mask adds the update to what it is given: to where tokens go, and to how much they count
                 logits = similarity if acts_on != "weights" else similarity - rest
@@ -173,7 +173,6 @@ class Learned(LTM):
                 changed = (anchors[0] - anchors[1]).abs().sum(dim=1).mean() / (2 * P)
             self.moved.append((changed.item(), weight.item()))
         if self.training and self.config.metric:
-            cosines = unit[:, P:] @ unit[:, :P].transpose(1, 2)
             return _straight_through(mask, (self.config.metric * cosines).softmax(dim=2), line.size, own, rest)
         return mask
 
@@ -183,8 +182,7 @@ class Learned(LTM):
             return order_by_redundancy(line.unit, num_slots, line.size)
         own = line.advice.gather(2, line.cells.unsqueeze(2)).squeeze(2)
         own = (own - own.mean(dim=1, keepdim=True)) / own.std(dim=1, keepdim=True).clamp_min(1e-6)
-        ranked = (redundancy(line.unit, line.size) - TIE * own).argsort(dim=1)
-        return torch.cat((ranked[:, :num_slots].sort(dim=1).values, ranked[:, num_slots:]), dim=1)
+        return order_by(redundancy(line.unit, line.size) - TIE * own, num_slots)
 
 
 def _straight_through(mask: HardMask, soft: Tensor, size: Tensor, own: Tensor | None, rest: Tensor | None) -> SoftMask:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare_report import Store, report
+from compare_report import Store, name_of, report
 from compare_settings import Settings, arguments
 from digits_folder import write_digits
 from finetuning import Pictures, Recipe, clusters_first, save, shortened, train
@@ -156,7 +156,7 @@ class Comparison:
         method, given = words[0], settings_of(words[1:])
         if method not in METHODS:
             raise CommandError(f"--merge: got {method!r}, expected one of {', '.join(METHODS)}.")
-        name = f"{' '.join(words)} {budget:g}"
+        name = name_of(words, budget)
         file = self.store.path(name, ".pt")
         saved = torch.load(file, map_location=self.args.device) if file.exists() else None
         if saved is not None and "left_out" in saved:
@@ -232,7 +232,7 @@ class Comparison:
         self.named, merges = {}, [tuple(words) for words in self.args.merge or MERGES]
         bar = tqdm([(words, b) for words in merges for b in self.args.budget], desc="models", unit="model")
         for words, budget in bar:
-            found, name = self.merging(words, budget), f"{' '.join(words)} {budget:g}"
+            found, name = self.merging(words, budget), name_of(words, budget)
             if isinstance(found, str):
                 tqdm.write(f"warning: {name} is left out: {found}", file=sys.stderr)
             else:

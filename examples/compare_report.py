@@ -50,6 +50,11 @@ class Store:
         return {kind: np.load(self.path(name, f".{kind}.npy")) for kind in self.read(name)["kinds"]}
 
 
+def name_of(words: Sequence[str], budget: float) -> str:
+    """Of the results of a method and its settings, at a budget."""
+    return f"{' '.join(words)} {budget:g}"
+
+
 def mean(values: np.ndarray) -> float:
     return float(values.mean())
 
@@ -101,7 +106,7 @@ def rows_of(
         }  # fmt: skip
         if name != "plain":
             row |= with_interval("lost", right["plain"], right[name])
-            other = f"{' '.join(reference)} {budget:g}"
+            other = name_of(reference, budget)
             if other in right and other != name:
                 row |= with_interval("gained", right[name], right[other])
         arrays = {} if seeds or name == "plain" else store.arrays(name)

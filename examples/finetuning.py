@@ -259,6 +259,7 @@ def clusters_first(
         refresh.step(labels.to(x.device))
         classes += torch.bincount(labels, minlength=len(classes))
     refresh.epoch_end()
+    prior = classes / classes.sum()
     told: dict[str, list[Tensor]] = {name: [] for name in refresh.log_q}
     for x, labels in others():
         refresh.labels(labels.to(x.device))
@@ -266,8 +267,7 @@ def clusters_first(
         for name, found in told.items():
             clusters, log_q = refresh.reducers[name].clusters, refresh.log_q[name]
             phi = assign(refresh.observers[name].take(), clusters.centroids, clusters.temperature)
-            prior = (classes / classes.sum()).to(log_q)
-            found.append(told_of_labels(phi.to(log_q), log_q, prior, labels.to(x.device)))
+            found.append(told_of_labels(phi.to(log_q), log_q, prior.to(log_q), labels.to(x.device)))
     model.reduction.epoch.zero_()
     model.eval()
     return {name: float(torch.cat(found).mean()) for name, found in told.items()}

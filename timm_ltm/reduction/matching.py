@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_ltm.reduction.tokens import fixed
 
-__all__ = ["bipartite_order", "order_by_redundancy", "redundancy", "unit_vectors"]
+__all__ = ["bipartite_order", "order_by", "order_by_redundancy", "redundancy", "unit_vectors"]
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -60,7 +60,12 @@ def order_by_redundancy(keys: Tensor, num_slots: int, size: Tensor | None = None
         num_slots: P.
         size: (B, N) as of :func:`redundancy`.
     """
-    ranked = redundancy(keys, size).topk(fixed(keys.shape[1]), dim=1, largest=False).indices
+    return order_by(redundancy(keys, size), num_slots)
+
+
+def order_by(score: Tensor, num_slots: int) -> Tensor:
+    """(B, N) token indices: the ``num_slots`` of least score (B, N) in token order, then the others."""
+    ranked = score.topk(fixed(score.shape[1]), dim=1, largest=False).indices
     anchors = ranked[:, :num_slots].sort(dim=1).values
     return torch.cat((anchors, ranked[:, num_slots:]), dim=1)
 

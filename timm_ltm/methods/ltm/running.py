@@ -147,11 +147,9 @@ class RunningClusters:
         if len(x):
             first = not bool(clusters.centroids.any())
             reseeded = self._move_centroids(x, first)
-            T = (
-                self.temperature
-                if self.temperature != "fit"
-                else fit_temperature(x, clusters.centroids.float(), _ENTROPY)
-            )
+            T = self.temperature
+            if T == "fit":
+                T = fit_temperature(x, clusters.centroids.float(), _ENTROPY)
             clusters.temperature.fill_(T)
             phi = assign(x, clusters.centroids.float(), torch.tensor(T))
             self._commit_q(x, phi, labels, reseeded, first)
