@@ -32,7 +32,7 @@ from timm_ltm.cli.common import CommandError, add_model_arguments, load_model
 from timm_ltm.cost import gmacs
 from timm_ltm.methods.ltmp import calibrate
 from timm_ltm.models import ReducedModel
-from timm_ltm.models.record import masks_on_images, representative_tokens
+from timm_ltm.models.record import representative_tokens
 from timm_ltm.pictures import heat_over, load_photo, rebuilt, sources_over
 from timm_ltm.pictures.photos import data_config
 from timm_ltm.reduction.settings import nearest, setting_error
@@ -140,7 +140,7 @@ def photos() -> list[str]:
 
 def pictures_of(model: ReducedModel, image: Tensor, x: Tensor, view: str) -> list[tuple[np.ndarray, str]]:
     """A photograph (3, H, W), and over it what every block merges of the input x (1, C, h, w); with captions."""
-    masks = masks_on_images(model, x)
+    masks = model.forward_masks(x)
     pictures = [(image, "photograph")]
     for layer, (block, grid) in enumerate(zip(masks.blocks, masks.grids, strict=True)):
         weights = masks.accumulated[layer][0].float().cpu()  # (h w) P

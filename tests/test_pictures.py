@@ -12,7 +12,7 @@ from small import fill, make
 from timm.data import create_transform
 
 from timm_ltm.information import Information
-from timm_ltm.models.record import masks_on_images, representative_tokens
+from timm_ltm.models.record import representative_tokens
 from timm_ltm.pictures import (
     blocks_figure,
     curves_figure,
@@ -112,29 +112,6 @@ def test_mistakes_with_masks_are_told():
         mask_figure(torch.zeros(2, 1, 8, 8), masks, layer=6)
     with pytest.raises(ValueError, match="images: got 1, expected 2"):
         blocks_figure(torch.zeros(1, 1, 8, 8), masks)
-
-
-def test_masks_of_later_stages_are_led_back_to_the_image():
-    """A stage whose map nothing merged before is as forward_masks has it, a later one on whole squares of tokens."""
-    x = torch.randn(2, 3, 32, 32)
-    alone = swin(1.0, 1.0, 0.5, 1.0)
-    torch.testing.assert_close(masks_on_images(alone, x).accumulated, alone.forward_masks(x).accumulated)
-    model = swin(0.5, 1.0, 0.5, 1.0)  # 16 x 16 to 12 x 12, 6 x 6 to 5 x 5
-    masks = masks_on_images(model, x)
-    assert masks.grids == [(16, 16), (16, 16)]
-    assert model.forward_masks(x).grids == [(16, 16), (6, 6)]
-    for weights, P in zip(masks.accumulated, (144, 25), strict=True):
-        assert weights.shape == (2, 256, P)
-        torch.testing.assert_close(weights.sum(dim=1), torch.ones(2, P))
-    went = masks.masks[0][0] > 0  # of the first image: 256 tokens to 12 x 12 slots, each to one
-    expected = torch.zeros(256, 25)
-    for u in range(6):
-        for v in range(6):  # a token of the second stage is of 2 x 2 slots of the first, and of the tokens in them
-            slots = [12 * row + column for row in (2 * u, 2 * u + 1) for column in (2 * v, 2 * v + 1)]
-            tokens = went[:, slots].any(dim=1).float()
-            expected += torch.outer(tokens / tokens.sum(), masks.masks[1][0, 6 * u + v])
-    torch.testing.assert_close(masks.accumulated[1][0], expected)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("family", ["sequence", "map"])

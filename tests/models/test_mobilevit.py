@@ -7,11 +7,13 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.byobnet import ByoBlockCfg
 from timm.models.mobilevit import MobileVitBlock
 from torch.testing import assert_close
 
 import timm_ltm
+from timm_ltm.cost import gmacs
 from timm_ltm.models.vit import ReducedViTBlock
 
 from .contract import ModelContract, shapes
@@ -63,31 +65,29 @@ class TestMobileViT(ModelContract):
         model.forward_intermediates(x)
         assert model.final_conv.bn.num_batches_tracked == counted + 1
 
-    def test_the_shortcut_is_merged_as_the_patches_are(self, x):
-        """Where attention, MLP and norms pass tokens through, both halves of the concatenation are merged maps."""
+    def test_patches_merge_and_are_put_back_pixel_by_pixel(self, x):
+        """A block with one merge, by the dense mask and what tokens gain behind it."""
         model = self.build(compression_ratio=(0.6, 1.0, 1.0, 1.0))
         block = model.stages[2][1]
-        for layer in block.transformer:
-            for linear in (layer.attn.proj, layer.mlp.fc2):
-                torch.nn.init.zeros_(linear.weight)
-                torch.nn.init.zeros_(linear.bias)
-        block.norm = block.conv_kxk = block.conv_proj = torch.nn.Identity()
-        block.conv_1x1.weight = torch.nn.Parameter(torch.eye(32, 16)[:, :, None, None])
-        seen = []
-        block.conv_fusion = torch.nn.Identity()
-        block.conv_fusion.register_forward_hook(lambda *a: seen.append(a[2]))
-        model.forward_intermediates(x, indices=[2], stop_early=True, intermediates_only=True)
-        shortcut, merged = seen[0][:, :16], seen[0][:, 16:32]
-        assert shortcut.shape == (3, 16, 14, 14)
-        assert_close(merged, shortcut)
+        seen = {}
+        block.transformer[0].reducer.register_forward_hook(lambda m, args, out: seen.update(z=args[0], merged=out[0]))
+        block.transformer[1].register_forward_hook(lambda m, args, out: seen.update(end=out[0]))
+        block.norm.register_forward_pre_hook(lambda m, args: seen.update(back=args[0]))
+        masks = model.forward_masks(x)
+        assert masks.grids[0] == (8, 8)
+        G, parts = masks.masks[0].repeat_interleave(4, dim=0), 4  # B N P
+        z, merged, gained = seen["z"], seen["merged"], seen["end"] - seen["merged"]
+        assert z.shape == (3 * parts, 64, 32)
+        mean = G.transpose(1, 2) @ z
+        assert_close(F.normalize(merged, dim=2), F.normalize(mean, dim=2))  # LTM's means are as long as their tokens
+        assert_close(seen["back"], z + (G > 0).float() @ gained, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_is_in_proportion_to_sizes_behind_the_first_merge_of_a_block():
-    model = timm.create_model("ltm_mobilevit_xs")  # merges in the 2nd and the 3rd of 2 + 4 + 3 blocks
+def test_attention_is_in_proportion_to_sizes_behind_a_merge():
+    model = timm.create_model("ltm_mobilevit_xs", compression_ratio=[1, 0.5, 0.5, 1, 1, 0.5, 1, 1, 1])  # 2 + 4 + 3
     blocks = [m for m in model.modules() if isinstance(m, ReducedViTBlock)]
     assert [b.behind for b in blocks] == [False] * 3 + [True] * 3 + [False] * 3
     assert all(b.parts == 4 and b.weighs for b in blocks)
-    assert model.block_amounts == (1.0, 0.39, 0.64) + (1.0,) * 6
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,29 @@ def test_dynamic_int8(method):
     x = torch.randn(2, 3, 64, 64)
     assert quantised(x).isfinite().all()
     assert not torch.equal(quantised(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "share"), [("mobilevit_xxs", 0.764), ("mobilevit_xs", 0.742), ("mobilevit_s", 0.79)])
+def test_default_schedules(name, share):
+    with torch.device("meta"):
+        model, plain = timm.create_model(f"ltm_{name}").eval(), timm.create_model(name).eval()
+    merging = [i for i, amount in enumerate(model.block_amounts) if amount != 1]
+    assert merging == [0, 2, 6], "the first block of each stage"
+    assert gmacs(model) / gmacs(plain) == pytest.approx(share, abs=0.005)
+
+
+def test_a_budget_that_few_merges_cannot_reach():
+    """ToMe halves at most: it then merges in every block."""
+    with torch.device("meta"):
+        models = [timm.create_model(f"{method}_mobilevit_xxs", gmacs=0.79).eval() for method in ("ltm", "tome")]
+        plain = timm.create_model("mobilevit_xxs").eval()
+    assert [sum(amount != 1 for amount in model.block_amounts) for model in models] == [3, 9]
+    for model in models:
+        assert 0.785 < gmacs(model) / gmacs(plain) <= 0.79
+
+
+@pytest.mark.parametrize("method", ["ltm", "tome", "tofu"])
+def test_a_stage_with_one_patch_left(method):
+    """Of small images the last stage has a patch, of four pixels, and nothing to merge."""
+    model = timm.create_model(f"{method}_mobilevit_xxs", num_classes=5)
+    assert model.train()(torch.randn(2, 3, 64, 64)).isfinite().all()

@@ -218,17 +218,23 @@ def test_windows_that_fit():
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio", "budget"),
+    ("name", "ratio", "budget", "grids"),
     [
-        ("swin_tiny", 0.73, 3.79),
-        pytest.param("swin_base", 0.73, 12.0, marks=pytest.mark.slow),
-        pytest.param("swin_base_patch4_window12_384", 0.69, 36.0, marks=pytest.mark.slow),
+        ("swin_tiny", 0.73, 3.69, [(48, 48), (24, 24), (12, 12)]),
+        pytest.param("swin_base", 0.73, 12.0, [(48, 48), (24, 24), (12, 12)], marks=pytest.mark.slow),
+        pytest.param(
+            "swin_base_patch4_window12_384", 0.69, 36.0, [(80, 80), (40, 40), (20, 20)], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_default_schedules(name, ratio, budget):
+def test_default_schedules(name, ratio, budget, grids):
+    """In the first block of each stage but the last, to sides that divide into windows without padding."""
     model = timm.create_model(f"ltm_{name}", device="meta").eval()
-    assert model.block_amounts == (1.0, 1.0, 1.0, ratio, *[1.0] * (len(model.block_amounts) - 4))
+    firsts = [0, 2, 4]
+    assert [i for i, amount in enumerate(model.block_amounts) if amount != 1] == firsts
+    assert {model.block_amounts[i] for i in firsts} == {ratio}
     assert gmacs(model) < budget
-    merged = model.forward_merged(torch.zeros(1, 3, *model.patch_embed.img_size, device="meta"))[0]
-    grid = tuple(merged.shape[1:3])
-    assert grid == ((6, 6) if ratio == 0.73 else (10, 10)), "later maps divide into windows without padding"
+    assert [reducer.slots(reducer.site.tokens) for _, reducer in model.reducers()] == grids
+    for (side, _), (_, reducer) in zip(grids, model.reducers(), strict=True):
+        assert side % fit_window(side, max(model.layers[0].blocks[0].window_size)) == 0
+        assert reducer.site.first

@@ -40,7 +40,8 @@ def merged_line(reducer, kind, unit, size, cells, update, P):
     """One line of n tokens by the sequence's merge alone. (n, K), (n,), (n,), (n, g)."""
     if kind == "tome":
         return hard_mask(*bipartite_order(unit[None], P), size[None], P)
-    order = order_by_redundancy(unit[None], P, size[None])
+    half = len(unit) // 2
+    order = order_by_redundancy(unit[None], P, size[None]) if half > P else bipartite_order(unit[None], P)[0]
     unit, cells, update = unit[order[0]], cells[order[0]], update[order[0]]
     similarity = unit[P:] @ unit[:P].t()
     if kind == "anchors":
@@ -106,22 +107,32 @@ def test_masks_of_maps(kind, H, W, ratio, train, seed):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_parts_are_merged_alike(kind):
+def test_parts_are_merged_and_put_back_alike(kind):
     """MobileViT's pixels: one mask, from the mean of the parts, for every part."""
-    grid, parts, B = (4, 6), 3, 2
-    reducer = build(kind, grid, 0.5, parts=parts)
-    z, tokens, seen = inputs(B, grid, parts=parts)
-    merged, after = reducer(z, tokens, seen)
-    torch.testing.assert_close(merged, after.masks[0].dense().repeat_interleave(parts, dim=0).transpose(1, 2) @ z)
+    N, parts, B = 24, 3, 2
+    reducer = build(kind, N, 0.5, parts=parts)
+    z, tokens, seen = inputs(B, (4, 6), parts=parts)
+    merged, after = reducer(z, tokens._replace(grid=None, kept=()), seen)
     mean, mean_keys = (t.unflatten(0, (B, parts)).mean(dim=1) for t in (z, seen.keys))
-    of_mean, _ = build(kind, grid, 0.5)(mean, initial_tokens(mean, 0, grid, is_map=True), Seen(mean_keys))
-    torch.testing.assert_close(of_mean, merged.unflatten(0, (B, parts)).mean(dim=1))
+    _, of_mean = build(kind, N, 0.5)(mean, initial_tokens(mean, 0, (4, 6)), Seen(mean_keys))
+    for what in ("dense", "destinations"):
+        torch.testing.assert_close(*(getattr(t.masks[0], what)() for t in (after, of_mean)))
+    merging = after.masks[0].dense().repeat_interleave(parts, dim=0).transpose(1, 2) @ z
+    torch.testing.assert_close(*(F.normalize(t, dim=2) for t in (merged, merging)))
+    to = after.masks[0].destinations().repeat_interleave(parts, dim=0)
+    gained = torch.randn_like(merged)
+    torch.testing.assert_close(after.unmerge(gained, parts=parts), to @ gained)
+    torch.testing.assert_close(after.put_back(merged + gained, parts=parts), z + to @ gained)
 
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_rows_agree_with_the_sequence(kind):
-    """A map of one row is a sequence, whose means LTM makes as long as the tokens they are of."""
-    line, sequence = build(kind, (1, 9), 0.49), build(kind, 9, 0.7)
+    """A map of one row is a sequence, whose means LTM makes as long as the tokens they are of.
+
+    But LTM's anchors are evenly spaced on lines, as far as ToMe's are: below half they are the sequence's.
+    """
+    ratio = 0.7 if kind == "tome" else 0.3
+    line, sequence = build(kind, (1, 9), ratio**2), build(kind, 9, ratio)
     z, tokens, seen = inputs(2, (1, 9))
     of_map, after = line(z, tokens, seen)
     of_sequence, flat = sequence(z, tokens._replace(grid=None), seen)

@@ -45,7 +45,7 @@ def add(parsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_ltm.models.record import masks_on_images, representative_tokens
+    from timm_ltm.models.record import representative_tokens
     from timm_ltm.pictures import blocks_figure, load_photo, mask_figure
     from timm_ltm.pictures.photos import data_config
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     config = data_config(model)
     photos, inputs = zip(*[load_photo(path, config) for path in args.images], strict=True)
     x = torch.stack(inputs).to(next(model.parameters()).device)
-    masks = masks_on_images(model, x)
+    masks = model.forward_masks(x)
     if not masks.blocks:
         raise CommandError("the model merges in no block. Give --merge METHOD compression_ratio=0.9 or less.")
     if not 0 <= args.layer <= len(masks.blocks):

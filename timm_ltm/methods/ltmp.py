@@ -126,8 +126,9 @@ class ThresholdMask(NamedTuple):
         kept = take(x, self.index) * self.own.unsqueeze(2).to(x.dtype)
         return torch.cat((prefix, kept.baddbmm(shares.transpose(1, 2), take(x, self.goes))), dim=1)
 
-    def unmerge(self, x: Tensor) -> Tensor:
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
         """Slots put back where their tokens came from: (B, P, D) -> (B, N, D), a lookup."""
+        assert parts == 1, "pixels of patches are of maps"
         return take(x, self.slot)
 
     def anchors(self) -> Tensor:

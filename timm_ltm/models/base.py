@@ -172,28 +172,27 @@ class ReducedModel(Scheduled, Saved):
 
     def _put_reducers(self, cls: type[Reducer], config: Config) -> bool:
         """One in every block whose amount is not 1. True if there are some, and none of them merges anything."""
-        amounts, behind, merges = iter(enumerate(self.block_amounts)), False, False
-        fresh = True  # no reducer yet in this stage
+        amounts, behind, some, merges = iter(enumerate(self.block_amounts)), False, False, False
 
         def put(block: nn.Module, dim: int, tokens: Any, first: bool = False, parts: int = 1) -> Any:
-            nonlocal behind, fresh, merges
+            nonlocal behind, some, merges
             index, amount = next(amounts)
-            fresh = fresh or first
+            behind = behind and not first  # a stage begins with tokens that the one before put back
             before, block.reducer, block.behind, block.parts = getattr(block, "reducer", None), None, behind, parts
             block.weighs = cls.weighs(config) and self.weighs_sizes
             block.num_prefix_tokens = getattr(self, "num_prefix_tokens", 0)
             if amount == 1:
                 return tokens
-            site = Site(dim, tokens, index, fresh, self.num_classes, parts, sum(self.planned[0]))
+            site = Site(dim, tokens, index, not behind, self.num_classes, parts, sum(self.planned[0]))
             like = next(block.parameters())
             block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
             _keep_parameters(before, block.reducer)
             left = block.reducer.slots(tokens)
-            behind, fresh, merges = True, False, merges or left != tokens or cls.by_image
+            behind, some, merges = True, True, merges or left != tokens or cls.by_image
             return left
 
         self.plan(put)
-        return behind and not merges
+        return some and not merges
 
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__
@@ -259,6 +258,10 @@ class ReducedModel(Scheduled, Saved):
         after_warmup = self.warmup_left == 0
         reduces = any(amount != 1 for amount in self.block_amounts)
         self._merging = reduces and (after_warmup if self._forced is None else self._forced)
+        self._tell_parts()
+
+    def _tell_parts(self) -> None:
+        """Whether it merges and collects now, to parts that timm's forward passes run."""
 
     def train(self, mode: bool = True) -> "ReducedModel":
         self._read_epoch()  # an EMA copy's buffers change behind its back
@@ -283,6 +286,7 @@ class ReducedModel(Scheduled, Saved):
     def set_collecting(self, enable: bool) -> None:
         """Whether training batches are shown to reducers in warm-up too. The refresh calls this."""
         self.collecting = enable
+        self._tell_parts()
 
     def observers(self, new: bool) -> dict[str, Observer]:
         """Give the reducers that show something new observers, or take theirs away."""

@@ -27,6 +27,7 @@ class Scheduled(nn.Module):
         self.block_amounts = amounts
         self._put_reducers(cls, config)
         self._merging = any(amount != 1 for amount in amounts)
+        self._tell_parts()
 
     def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
         """How much blocks merge, the more the larger the strength, to meet a share of the plain model's GMACs."""
@@ -80,7 +81,10 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
 
     patterns = () if config.schedule else tuple(config.patterns(budget, model.planned[0], model.maps))
     least = 1.0
-    for path in [powers(pattern) for pattern in patterns] or [model.path_for(budget, config.schedule)]:
+    paths = [powers(pattern) for pattern in patterns] or [model.path_for(budget, config.schedule)]
+    if config.schedule is None and not patterns:  # few merges may not reach it, of methods that halve at most
+        paths.append(model.path_for(budget, "flat"))
+    for path in paths:
         amounts, found = within(path, budget, share)
         if found <= budget:
             return amounts

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from timm_ltm.cost import input_size_of
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, map_tokens, to_map
-from timm_ltm.reduction import Placement, Seen, Tokens
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
+from timm_ltm.reduction import Seen, Tokens
 from timm_ltm.reduction.tokens import fixed, no_autocast, unflatten
 
 __all__ = [
@@ -87,11 +87,11 @@ class _Stage(ReducedStage):
 
     blocks: nn.Sequential
 
-    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
+    def merged(self, x: Tensor, observe: bool) -> Tensor:
         tokens = None
         for block in self.blocks:
             if not isinstance(block, ReducedEfficientViTBlock):
-                x, placement = block(x), after_layer(block, placement)
+                x = block(x)
                 continue
             if tokens is None:
                 grid = fixed(x.shape[2]), fixed(x.shape[3])
@@ -99,11 +99,8 @@ class _Stage(ReducedStage):
                 tokens = map_tokens(x, grid)
             x, tokens = block(x, tokens=tokens, observe=observe)
         assert tokens is not None, "a stage is adopted for its blocks"
-        if tokens.masks and placement is None:
-            placement = Placement.identity(x.shape[0], tokens.start, tokens.size)
-        for mask in tokens.masks:
-            placement = placement.then(mask)
-        return to_map(x, tokens).permute(0, 3, 1, 2), placement
+        x = tokens.put_back(x)
+        return x.reshape(-1, *tokens.start, fixed(x.shape[2])).permute(0, 3, 1, 2)  # B (H W) D -> B D H W
 
 
 class ReducedEfficientViTStage(_Stage, EfficientVitStage):
@@ -118,7 +115,6 @@ class _Model(MapModel):
     """Both kinds of models."""
 
     any_size = True
-    recomputes_stages = True
     out_indices = (0, 1, 2, 3)
     stage_class: type[_Stage]
 
@@ -139,9 +135,10 @@ class _Model(MapModel):
         return [depth for depth in depths if depth]
 
     def default_ratios(self) -> tuple[float, ...]:
-        """Merges in the first block. EfficientViT-B1 at the ratio that the paper has between it and timm's."""
-        first = 0.604 if self.num_features == 256 else 0.69
-        return (first, *[1.0] * (sum(self.depths()) - 1))
+        """In the first block of each stage. EfficientViT-B1 at the ratio that the paper has between it and timm's."""
+        firsts = (0.51, 0.604) if self.num_features == 256 else (0.69, 0.69)
+        depths = self.depths()
+        return tuple(firsts[min(s, 1)] if i == 0 else 1.0 for s, depth in enumerate(depths) for i in range(depth))
 
     def adopt(self) -> None:
         for stage in self.stages:
@@ -154,13 +151,10 @@ class _Model(MapModel):
     def plan(self, put: Callable[..., Any]) -> None:
         grid = tuple(math.ceil(n / self.stem.stride) for n in input_size_of(self)[1:])
         for stage, info in zip(self.stages, self.feature_info, strict=False):
-            grid, first = tuple(math.ceil(n / 2) for n in grid), True
-            for block in stage.blocks:
-                if isinstance(block, EfficientVitBlock):
-                    grid, first = put(block, info["num_chs"], grid, first), False
-
-    def stage_modules(self) -> nn.Sequential:
-        return self.stages
+            grid = left = tuple(math.ceil(n / 2) for n in grid)
+            blocks = [block for block in stage.blocks if isinstance(block, EfficientVitBlock)]
+            for i, block in enumerate(blocks):
+                left = put(block, info["num_chs"], left, i == 0)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
         if "in_features" in inspect.signature(self.head.reset).parameters:
@@ -169,10 +163,6 @@ class _Model(MapModel):
         taken = super().prune_intermediate_layers(indices, prune_head=False)
         self.reset_classifier(0)
         return taken
-
-    def pool_type(self) -> str:
-        """As of the head; but its convolution in front of the pooling is not linear, and wants maps put back."""
-        return super().pool_type() if isinstance(self.head.in_conv, nn.Identity) else ""
 
 
 class ReducedEfficientViT(_Model, EfficientVit):

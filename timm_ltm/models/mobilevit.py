@@ -1,6 +1,6 @@
-"""timm's MobileViT, merging patches: the map goes on with fewer of them.
+"""timm's MobileViT, merging patches.
 
-One letter per axis: B batch, D width, h w pixels of a patch, H W grid of patches, H' W' of merged ones.
+One letter per axis: B batch, D width, h w pixels of a patch, H W grid of patches.
 """
 
 import math
@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from timm_ltm.cost import input_size_of
 from timm_ltm.models.attention import has_keys
 from timm_ltm.models.block import run_block
-from timm_ltm.models.maps import MapModel, ReducedStage, after_layer, halves, map_tokens
+from timm_ltm.models.maps import MapModel, ReducedStage
 from timm_ltm.models.vit import ReducedViTBlock
-from timm_ltm.reduction import Placement, Seen
+from timm_ltm.reduction import Seen, initial_tokens
 from timm_ltm.reduction.tokens import fixed
 
-__all__ = ["ReducedMobileViT", "ReducedMobileViTBlock", "ReducedMobileViTStage"]
+__all__ = ["ReducedMobileViT", "ReducedMobileViTBlock"]
 
 
-class ReducedMobileViTBlock(MobileVitBlock):
-    """timm's block, whose transformer merges patches: all pixels of a patch alike, and so the shortcut."""
+class ReducedMobileViTBlock(ReducedStage, MobileVitBlock):
+    """timm's block, whose transformer merges patches, all pixels of a patch alike, and puts them back at its end.
 
-    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
-        """The map (B, D, h H', w W') of one (B, D, height, width), and where it lies."""
+    Between convolutions that see whole maps patches need not stay on lines: they are a sequence.
+    """
+
+    def merged(self, x: Tensor, observe: bool) -> Tensor:
         shortcut = x
         x = self.conv_1x1(self.conv_kxk(x))
         (h, w), size = self.patch_size, (fixed(x.shape[2]), fixed(x.shape[3]))
@@ -38,24 +40,14 @@ class ReducedMobileViTBlock(MobileVitBlock):
         if full != size:
             x = _resize(x, full)
         x = self._unfold(x, grid)
-        tokens = map_tokens(x, grid, self.patch_area)
+        tokens = initial_tokens(x, 0, grid, parts=self.patch_area)._replace(kept=())
         for block in self.transformer:
             x, tokens = run_block(block, x, tokens, False, observe)
-        x = self._fold(self.norm(x), tokens.grid)
-        if tokens.masks:
-            if placement is None:
-                placement = Placement.identity(x.shape[0], size, tokens.size)
-            placement = placement.stretched(full)
-            shortcut = self._unfold(shortcut if full == size else _resize(shortcut, full), grid)
-            for mask in tokens.masks:
-                placement = placement.then(mask, self.patch_size)
-                shortcut = mask.merge(shortcut, 0, self.patch_area)
-            shortcut = self._fold(shortcut, tokens.grid)
-        elif full != size:
+        x = self._fold(self.norm(tokens.put_back(x, 0, self.patch_area)), grid)
+        if full != size:
             x = _resize(x, size)
         x = self.conv_proj(x)
-        x = x if self.conv_fusion is None else self.conv_fusion(torch.cat((shortcut, x), dim=1))
-        return x, placement
+        return x if self.conv_fusion is None else self.conv_fusion(torch.cat((shortcut, x), dim=1))
 
     def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, H h, W w) -> (B h w, H W, D)."""
@@ -74,25 +66,12 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)  # as timm's block does
 
 
-class ReducedMobileViTStage(ReducedStage, nn.Sequential):
-    """timm's stage: a strided layer, and mostly a block that merges."""
-
-    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
-        for block in self:
-            if isinstance(block, ReducedMobileViTBlock):
-                x, placement = block.merged(x, placement, observe)
-            else:
-                x, placement = block(x), after_layer(block, placement)
-        return x, placement
-
-
 class ReducedMobileViT(MapModel, ByobNet):
     """timm's MobileViT, a ByobNet with MobileViT's blocks."""
 
     weighs_sizes = True
     gives = frozenset(Seen._fields)
     any_size = True
-    recomputes_stages = True
     out_indices = (0, 1, 2, 3, 4)
 
     @classmethod
@@ -133,20 +112,20 @@ class ReducedMobileViT(MapModel, ByobNet):
         return [len(block.transformer) for block in self.merging_blocks()]
 
     def default_ratios(self) -> tuple[float, ...]:
-        """Merges in the second transformer block, from 16 x 16 to 12 x 12 patches of 256 pixels.
+        """In the first block of each stage, in earlier ones more: R^s of the patches are left, of R = 0.5, 0.7, 0.8.
 
-        That is far better without training than in the first, whose keys tell less, and 12 divides evenly in the stages
-        that follow. MobileViT-XS merges more, to be at the ratio that the paper has between it and timm's.
+        Nearer to the plain model than merging in one stage alone, and than in every block. MobileViT-XS merges more, to
+        be at the ratio that the paper has between it and timm's.
         """
         blocks = self.merging_blocks()
-        ratios = (0.39, 0.64) if blocks[0].conv_1x1.out_channels == 96 else (0.5625,)
-        depth = sum(self.depths())
-        return (1.0, *ratios, *[1.0] * depth)[:depth]
+        strength = 4.5 if blocks[0].conv_1x1.out_channels == 96 else 2.0
+        shares = (0.5, 0.7, 0.8)
+        firsts = [round(shares[min(stage, 2)] ** strength, 2) for stage in range(len(blocks))]
+        return tuple(
+            ratio if i == 0 else 1.0 for ratio, depth in zip(firsts, self.depths(), strict=True) for i in range(depth)
+        )
 
     def adopt(self) -> None:
-        first = next(i for i, stage in enumerate(self.stages) if any(isinstance(m, MobileVitBlock) for m in stage))
-        for stage in self.stages[first:]:
-            stage.__class__ = ReducedMobileViTStage
         for block in self.merging_blocks():
             block.__class__ = ReducedMobileViTBlock
             for layer in block.transformer:
@@ -160,20 +139,11 @@ class ReducedMobileViT(MapModel, ByobNet):
                 if not isinstance(block, MobileVitBlock):
                     grid = tuple(math.ceil(n / 2) for n in grid) if halves(block) else grid
                     continue
-                start = patches = tuple(math.ceil(n / p) for n, p in zip(grid, block.patch_size, strict=True))
-                behind = False
+                patches = math.prod(math.ceil(n / p) for n, p in zip(grid, block.patch_size, strict=True))
                 for i, layer in enumerate(block.transformer):
                     patches = put(layer, block.conv_1x1.out_channels, patches, i == 0, block.patch_area)
-                    layer.behind = behind  # every block begins with patches of one size
-                    behind = behind or layer.reducer is not None
-                if patches != start:
-                    grid = tuple(n * p for n, p in zip(patches, block.patch_size, strict=True))
 
-    def stage_modules(self) -> nn.Sequential:
-        return self.stages
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.final_conv(x)
-
-    def tells_finished(self, norm: bool, exclude_final_conv: bool = False) -> bool:
-        return not exclude_final_conv
+def halves(layer: nn.Module) -> bool:
+    """Whether a layer of convolutions has stride 2."""
+    return any(getattr(module, "stride", 1) in (2, (2, 2)) for module in layer.modules())

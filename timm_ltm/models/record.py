@@ -12,18 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_ltm.models.base import MergeMasks, ReducedModel
+from timm_ltm.models.base import ReducedModel
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens
-from timm_ltm.reduction import Placement, Reducer, Tokens
-from timm_ltm.reduction.tokens import one_hot
+from timm_ltm.models.maps import MapModel
+from timm_ltm.reduction import Reducer, Tokens
 
 __all__ = [
     "Merged",
     "as_reduced",
     "block_names",
     "evaluating",
-    "masks_on_images",
     "record_merged",
     "record_output",
     "representative_tokens",
@@ -97,10 +95,7 @@ def record_merged(model: ReducedModel, x: Tensor, keep: Callable[[Merged], None]
     current: dict[str, Any] = {}
 
     def enter(block: ReducedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs, tokens = args[0], kwargs.get("tokens")
-        if tokens is None:  # Swin runs blocks in front of all merges as timm's
-            tokens = map_tokens(inputs.flatten(1, 2), (inputs.shape[1], inputs.shape[2]))  # B H W D -> B (H W) D
-        current.update(inputs=block.as_tokens(inputs)[:, block.num_prefix_tokens :], before=tokens)
+        current.update(inputs=block.as_tokens(args[0])[:, block.num_prefix_tokens :], before=kwargs["tokens"])
 
     def show(index: int, block: ReducedBlock, merged: Tensor, after: Tokens) -> None:
         merged = merged if merged.dim() == 3 else merged.flatten(2).transpose(1, 2)  # B D H W -> B (H W) D
@@ -133,20 +128,18 @@ def record_output(model: ReducedModel, x: Tensor) -> tuple[Tensor, tuple[int, in
     """Merged tokens behind the last block, finished for the head, as copies at the places they stand for: no prefix.
 
     As the model is, merging or not, through the blocks that :func:`record_merged` watches. What was a token's own and
-    a model puts back beside is not among what it merged.
+    a model of sequences puts back beside is not among what it merged; of maps, it is the features.
 
     Returns:
         (B, H W, D), and H W.
     """
-    observe = not model.merging
     if not isinstance(model, MapModel):
-        x, tokens = model.forward_blocks(x, observe)
+        x, tokens = model.forward_blocks(x, observe=not model.merging)
         prefix = model.num_prefix_tokens
         return tokens.unmerge(model.norm(x)[:, prefix:]), tokens.start
-    x, placement = model.forward_stages(x, observe)
-    x = model.finish(x)
-    x = x if model.channels_last else x.permute(0, 2, 3, 1)
-    x = x if placement is None else placement.unmerge(x)  # B H W D
+    with model.watched():
+        x = model.forward_features(x)
+    x = x if model.channels_last else x.permute(0, 2, 3, 1)  # B H W D
     return x.flatten(1, 2), (x.shape[1], x.shape[2])
 
 
@@ -162,53 +155,6 @@ def as_reduced(model: nn.Module) -> ReducedModel:
         return model
     with torch.no_grad():
         return convert(model, "tome", compression_ratio=1.0)
-
-
-@torch.no_grad()
-def masks_on_images(model: ReducedModel, x: Tensor) -> MergeMasks:
-    """``model.forward_masks``, with masks of later stages led back to the whole image.
-
-    There ``accumulated`` is on the map that the stage began with, which stages before may have merged; here on the map
-    that the stage would have begun with had nothing merged, at the resolution of what it is made from.
-    """
-    entered: list[Placement | None] = []
-    current: list[Placement | None] = [None]
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = args[1] if len(args) > 1 else kwargs.get("placement")
-
-    hooks = [
-        m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules() if isinstance(m, ReducedStage)
-    ]
-    for _, reducer in model.reducers():
-        hooks.append(reducer.register_forward_hook(lambda *_: entered.append(current[0])))
-    try:
-        masks = model.forward_masks(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    accumulated, grids = [], []
-    for weights, grid, placement in zip(masks.accumulated, masks.grids, entered, strict=True):
-        if placement is not None:
-            weights, grid = _led_back(weights, grid, placement), placement.grid
-        accumulated.append(weights)
-        grids.append(grid)
-    return masks._replace(accumulated=accumulated, grids=grids)
-
-
-def _led_back(weights: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
-    """Weights (B, h w, P) of tokens that H' W' merged ones became, as those (B, H W, P) of the H W put back."""
-    H_, W_ = placement.merged
-    own = torch.eye(H_ * W_, dtype=weights.dtype, device=weights.device).view(1, H_, W_, -1)
-    shares = (
-        placement.unmerge(own.expand(len(weights), -1, -1, -1)).flatten(1, 2).unflatten(2, (H_, W_))
-    )  # B (H W) H' W'
-    rows, columns = (
-        one_hot(torch.arange(n, device=weights.device) * m // n, m, weights.dtype)
-        for n, m in zip(placement.merged, grid, strict=True)
-    )
-    shares = torch.einsum("bnij,iu,jv->bnuv", shares, rows, columns).flatten(2)  # B (H W) (h w)
-    return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12) @ weights
 
 
 def representative_tokens(model: ReducedModel, x: Tensor, layer: int = 0) -> Tensor:

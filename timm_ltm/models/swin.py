@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from timm_ltm.models.block import ReducedBlock, run_block
 from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
-from timm_ltm.reduction import Placement, Seen, Tokens
+from timm_ltm.reduction import Seen, Tokens
 from timm_ltm.reduction.tokens import at_least_float32, fixed
 
 __all__ = ["ReducedSwin", "ReducedSwinBlock", "ReducedSwinStage", "fit_window"]
@@ -162,19 +162,12 @@ class ReducedSwinBlock(ReducedBlock, SwinTransformerBlock):
 class ReducedSwinStage(ReducedStage, SwinTransformerStage):
     """timm's stage."""
 
-    def merged(self, x: Tensor, placement: Placement | None, observe: bool) -> tuple[Tensor, Placement | None]:
-        if not any(block.reducer is not None or (block.behind and not observe) for block in self.blocks):
-            return SwinTransformerStage.forward(self, x), placement
+    def merged(self, x: Tensor, observe: bool) -> Tensor:
         x = self.downsample(x)
-        if placement is not None and not isinstance(self.downsample, nn.Identity):
-            placement = placement.halved()
-        grid = _sides(x)
-        tokens = map_tokens(x.flatten(1, 2), grid)  # B H W D -> B (H W) D
+        tokens = map_tokens(x.flatten(1, 2), _sides(x))  # B H W D -> B (H W) D
         for block in self.blocks:
             x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe)
-        for mask in tokens.masks:
-            placement = (Placement.identity(x.shape[0], grid, x) if placement is None else placement).then(mask)
-        return x, placement
+        return tokens.put_back(x.flatten(1, 2)).reshape(-1, *tokens.start, fixed(x.shape[3]))  # B (H W) D -> B H W D
 
 
 class ReducedSwin(MapModel, SwinTransformer):
@@ -212,17 +205,17 @@ class ReducedSwin(MapModel, SwinTransformer):
         return [len(stage.blocks) for stage in self.layers]
 
     def default_ratios(self) -> tuple[float, ...]:
-        """One merge, in the second block of the second stage, to a map that later stages halve and cut without padding.
+        """In the first block of every stage but the last, to sides that windows fit without padding.
 
-        From 28 x 28 to 24 x 24, in windows of 6; from 48 x 48 to 40 x 40, in windows of 10.
+        In windows of 7 to 6/7 of the sides and windows of 6, in windows of 12 to 10/12 and windows of 10.
         """
-        depths = self.depths()
-        stage = min(1, len(depths) - 1)
-        n = -(-min(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)) // 2**stage)
-        side = 4 * round(6 / 7 * n / 4)
-        ratio = math.floor(100 * (side / n) ** 2) / 100 if 0 < side < n else 0.73
-        index = sum(depths[:stage]) + min(1, depths[stage] - 1)
-        return tuple(ratio if i == index else 1.0 for i in range(sum(depths)))
+        ratios: list[float] = []
+        for i, stage in enumerate(self.layers):
+            window = max(stage.blocks[0].window_size)
+            ratio = math.floor(100 * (6 * window // 7 / window) ** 2) / 100 if window > 1 else 1.0
+            merges = i + 1 < len(self.layers) or i == 0
+            ratios += [ratio if merges and j == 0 else 1.0 for j in range(len(stage.blocks))]
+        return tuple(ratios)
 
     def adopt(self) -> None:
         for stage in self.layers:
@@ -236,20 +229,9 @@ class ReducedSwin(MapModel, SwinTransformer):
         grid = tuple(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
         for stage in self.layers:
             grid = grid if isinstance(stage.downsample, nn.Identity) else tuple(-(-n // 2) for n in grid)
+            left = grid
             for j, block in enumerate(stage.blocks):
-                grid = put(block, block.dim, grid, j == 0)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
-
-    def stage_modules(self) -> nn.Sequential:
-        return self.layers
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-    def tells_finished(self, norm: bool) -> bool:
-        return norm
+                left = put(block, block.dim, left, j == 0)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         stages = len(self.layers)

@@ -39,8 +39,7 @@ def mask_figure(
 
     Args:
         images: B photographs (3, H, W) in [0, 1] of any sizes, or model inputs (B, C, H, W) of any range.
-        masks: Of these images, ``model.forward_masks(x)`` or :func:`timm_ltm.models.record.masks_on_images`, which
-            leads masks of later stages back to the photograph.
+        masks: Of these images, ``model.forward_masks(x)``.
         path: A picture is written here, if given.
         layer: Which of the merging blocks; the last by default.
         tokens: Which merged token of each image is shown, :func:`timm_ltm.models.record.representative_tokens` for

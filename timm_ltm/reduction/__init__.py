@@ -1,6 +1,6 @@
 """What every method and every model shares: tokens, masks, matching, lines, and the reducer's interface. No timm."""
 
-from timm_ltm.reduction.lines import GridMask, LineReducer, Placement
+from timm_ltm.reduction.lines import GridMask, LineReducer
 from timm_ltm.reduction.masks import DenseMask, HardMask, Mask, SoftMask
 from timm_ltm.reduction.reducer import (
     METHODS,
@@ -24,7 +24,6 @@ __all__ = [
     "LineReducer",
     "Mask",
     "Observer",
-    "Placement",
     "Reducer",
     "Seen",
     "Site",

@@ -34,8 +34,8 @@ class Mask(Protocol):
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
 
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Slots put back where their tokens came from: (B parts, P, D) -> (B parts, N, D)."""
 
     def anchors(self) -> Tensor:
         """(B, P) token indices."""
@@ -70,9 +70,9 @@ class HardMask(NamedTuple):
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
         return _merge_anchored(x, self.order, self.own, self._rest(), num_prefix, parts)
 
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D), a lookup."""
-        return take(x, self.slots())
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Slots put back where their tokens came from: (B parts, P, D) -> (B parts, N, D), a lookup."""
+        return take(x, _shared(self.slots().unsqueeze(2), parts).squeeze(2))
 
     def slots(self) -> Tensor:
         """(B, N): the slot every token goes to."""
@@ -122,10 +122,11 @@ class SoftMask(NamedTuple):
         """G^T x: (B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
         return _merge_anchored(x, self.order, self.own, self.rest, num_prefix, parts)
 
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
-        others = self.to.to(x.dtype) @ x
-        return take(torch.cat((x, others), dim=1), self.order.argsort(dim=1))
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Slots put back where their tokens came from: (B parts, P, D) -> (B parts, N, D)."""
+        others = _shared(self.to, parts).to(x.dtype) @ x
+        places = _shared(self.order.argsort(dim=1).unsqueeze(2), parts).squeeze(2)
+        return take(torch.cat((x, others), dim=1), places)
 
     def anchors(self) -> Tensor:
         """(B, P) token indices."""
@@ -164,9 +165,9 @@ class DenseMask(NamedTuple):
         merged = _shared(self.weights, parts).to(x.dtype).transpose(1, 2) @ x[:, num_prefix:]
         return torch.cat((x[:, :num_prefix], merged), dim=1) if num_prefix else merged
 
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
-        return self.to.to(x.dtype) @ x
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Slots put back where their tokens came from: (B parts, P, D) -> (B parts, N, D)."""
+        return _shared(self.to, parts).to(x.dtype) @ x
 
     def anchors(self) -> Tensor:
         """(B, P) token indices."""
@@ -229,9 +230,9 @@ class LengthMask(NamedTuple):
         others = norm[:, :, P:] * one_hot(self.inner.slot, P, norm.dtype).unsqueeze(1)  # B parts M P
         return torch.maximum(norm[:, :, :P, 0], others.amax(dim=2)).reshape(-1, P)  # B parts P -> (B parts) P
 
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Slots put back where their tokens came from: (B, P, D) -> (B, N, D)."""
-        return self.inner.unmerge(x)
+    def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
+        """Slots put back where their tokens came from: (B parts, P, D) -> (B parts, N, D)."""
+        return self.inner.unmerge(x, parts)
 
     def anchors(self) -> Tensor:
         """(B, P) token indices."""
@@ -337,7 +338,4 @@ def _merge_anchored(x: Tensor, order: Tensor, own: Tensor, rest: Tensor | None, 
 
 def _shared(x: Tensor, parts: int) -> Tensor:
     """x (B, N, P) for every one of an image's parts: (B parts, N, P)."""
-    if parts == 1:
-        return x
-    N, P = fixed(x.shape[1]), fixed(x.shape[2])
-    return x.unsqueeze(1).expand(-1, parts, -1, -1).reshape(-1, N, P)  # B S N P -> (B S) N P
+    return x if parts == 1 else x.repeat_interleave(parts, dim=0)

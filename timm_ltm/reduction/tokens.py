@@ -76,30 +76,40 @@ class Tokens(NamedTuple):
             return None
         return F.pad((self.weight > 0).to(self.size.dtype), (num_prefix, 0), value=1.0)
 
-    def unmerge(self, x: Tensor, num_prefix: int = 0) -> Tensor:
-        """Tokens put back where they came from: (B, num_prefix + P, D) -> (B, num_prefix + H W, D), copies of slots."""
+    def unmerge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
+        """Tokens put back where they came from, copies of slots.
+
+        Args:
+            x: (B parts, num_prefix + P, D).
+            num_prefix: Prefix tokens in front.
+            parts: As of :class:`~timm_ltm.reduction.Site`.
+
+        Returns:
+            (B parts, num_prefix + H W, D).
+        """
         if not self.masks:
             return x
         prefix, x = x[:, :num_prefix], x[:, num_prefix:]
         for mask in reversed(self.masks):
-            x = mask.unmerge(x)
+            x = mask.unmerge(x, parts)
         return torch.cat((prefix, x), dim=1) if num_prefix else x
 
-    def put_back(self, x: Tensor, num_prefix: int = 0) -> Tensor:
+    def put_back(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """As :meth:`unmerge`, but each token as it was in front of the merge, plus what its slot has gained since.
 
         Features are sums of what blocks add, and tokens that were merged share only what was added since. On a real
         ViT-S/14 this is nearer to the plain model's tokens by a sixth to two thirds than copies of slots.
 
         Args:
-            x: (B, num_prefix + P, D), such sums: in front of a norm.
+            x: Such sums: in front of a norm.
             num_prefix: Prefix tokens in front.
+            parts: As of :class:`~timm_ltm.reduction.Site`.
         """
         if not self.kept:
-            return self.unmerge(x, num_prefix)
+            return self.unmerge(x, num_prefix, parts)
         prefix, x = x[:, :num_prefix], x[:, num_prefix:]
         for mask, (before, after) in zip(reversed(self.masks), reversed(self.kept), strict=True):
-            x = before + mask.unmerge(x - after) if mask.keeps_own else mask.unmerge(x)
+            x = before + mask.unmerge(x - after, parts) if mask.keeps_own else mask.unmerge(x, parts)
         return torch.cat((prefix, x), dim=1) if num_prefix else x
 
     def mean(self, x: Tensor, num_prefix: int = 0) -> Tensor:
