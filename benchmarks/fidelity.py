@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py PHOTOS --model vit_small_patch14_dinov2 --img-size 224 --checkpoint WEIGHTS
     python benchmarks/fidelity.py PHOTOS --probe FOLDER --budget 0.72 0.60     # and a linear probe of FOLDER/train
+    python benchmarks/fidelity.py PHOTOS --model swin_tiny_patch4_window7_224 --merge tome --merge ltm --merge resized
 
 Every method and schedule of --merge at every --budget, on the same images. Errors are 1 - cos to the plain model's
 features (class token, mean token, every token), in thousandths, with standard errors; beside them the ratio to the
@@ -20,7 +21,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-import timm
+import resized  # noqa: F401 (a method to compare with)
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -29,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import settings_of
+from timm_ltm.cli.common import load_model, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, features_of, interval
 from timm_ltm.speed import latencies
@@ -42,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of images, searched in all its folders")
     parser.add_argument("--model", default="vit_small_patch14_dinov2.lvd142m", help="a plain timm model's name")
-    parser.add_argument("--checkpoint", type=Path, help="its weights; timm adapts them")
+    parser.add_argument("--checkpoint", type=Path, help="its weights; timm adapts them, or a checkpoint of train.py")
     parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--budget", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="shares of the plain GMACs")
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("output/fidelity"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(pretrained=True, ema=False, num_classes=None)
     return parser.parse_args()
 
 
@@ -156,10 +158,7 @@ def main() -> None:
         )
     random.Random(args.seed).shuffle(files)
     limit = args.limit or len(files) - args.search
-    kwargs = {**settings_of(args.model_kwargs), **({"img_size": args.img_size} if args.img_size else {})}
-    if args.checkpoint:
-        kwargs["pretrained_cfg_overlay"] = {"file": str(args.checkpoint)}
-    plain = timm.create_model(args.model, pretrained=True, **kwargs).to(args.device).eval()
+    plain, _ = load_model(str(args.checkpoint or args.model), args)
     base, merges = gmacs(plain), args.merge or [REFERENCE, ["ltm"], ["tome"], ["tofu", "schedule=flat"]]
     models, about = {}, {}
     for budget in args.budget:
