@@ -21,7 +21,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-import resized  # noqa: F401 (a method to compare with)
+import resized
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -151,6 +151,7 @@ def plot(rows: list[dict[str, object]], kinds: list[str], path: Path) -> None:
 
 def main() -> None:
     args = arguments()
+    resized.register()
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(

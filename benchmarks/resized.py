@@ -23,7 +23,6 @@ def shares(n: int, num_slots: int, like: Tensor) -> Tensor:
     return covered / covered.sum(dim=1, keepdim=True)
 
 
-@register_method("resized")
 class Resized(LineReducer):
     """Means of equal parts of each side of a map."""
 
@@ -36,3 +35,8 @@ class Resized(LineReducer):
         size = (line.size.unsqueeze(1) @ to).squeeze(1)
         weights = line.size.unsqueeze(2) * to / size.unsqueeze(1)
         return DenseMask(weights, to, to.argmax(dim=1), size)
+
+
+def register() -> None:
+    """Make it a method, by name."""
+    register_method("resized")(Resized)

@@ -29,7 +29,7 @@ FAMILIES = {  # timm's model, arguments of both, of LTM, size of images
             drop_path_rate=0.0,
             weight_init="moco",
         ),
-        dict(compression_ratio=(1.0, 1.0, 1.0, 0.73, 1.0, 1.0, 1.0, 1.0)),  # where the default merges
+        dict(compression_ratio=(0.73, 1.0, 0.73, 1.0, 0.73, 1.0, 1.0, 1.0)),  # where the default merges
         112,
     ),
     "mobilevit": ("mobilevit_xxs", {}, {}, 96),

@@ -13,26 +13,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import timm_ltm
+from timm_ltm.reduction import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_shares_against_a_finer_line(n, num_slots):
-    """Each token as 840 pieces, each slot as what it covers of them."""
-    from resized import shares
+@pytest.fixture(scope="module", autouse=True)
+def module():
+    """With the method, which tests of all methods must not find."""
+    import resized
 
+    resized.register()
+    yield resized
+    METHODS.pop("resized")
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 40), num_slots=st.integers(1, 40))
+def test_shares_against_a_finer_line(module, n, num_slots):
+    """Each token as so many pieces that each is in one slot, each slot as what it covers of them."""
     num_slots, pieces = min(n, num_slots), 40 * 21
     place = torch.arange(n * pieces * num_slots) // (n * pieces)  # the slot of each of n pieces P equal pieces
     expected = F.one_hot(place, num_slots).double().unflatten(0, (n, -1)).mean(dim=1)
-    torch.testing.assert_close(shares(n, num_slots, torch.zeros(1, dtype=torch.float64)), expected, atol=1e-9, rtol=0)
+    shares = module.shares(n, num_slots, torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(shares, expected, atol=1e-9, rtol=0)
 
 
 def test_a_map_is_averaged_by_area():
-    model = timm_ltm.convert(
-        timm.create_model("efficientvit_b0", num_classes=5), "resized", compression_ratio=0.25
-    ).eval()
+    model = timm.create_model("efficientvit_b0", num_classes=5)
+    model = timm_ltm.convert(model, "resized", compression_ratio=0.25).eval()
     reducer, seen = next(reducer for _, reducer in model.reducers()), []
     reducer.register_forward_hook(lambda module, args, out: seen.append((args[0], out[0])))
     model(torch.randn(2, 3, 256, 256))

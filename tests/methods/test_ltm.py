@@ -217,3 +217,20 @@ def test_inference_leaves_an_update_out_that_is_zero():
     model.load_state_dict(learned)
     assert all(reducer.updates for _, reducer in model.reducers())
     assert not torch.equal(model(x), without)
+
+
+@pytest.mark.parametrize("method", ["ltm", "tome"])
+def test_places_count_where_positions_rotate(method):
+    """By LTM, with the cosine of keys rho^2 (cos dy + cos dx) of places, in the longer side; by ToMe not."""
+    cls, config = find_method(method, {})
+    keys = F.normalize(torch.randn(2, 6, 5, dtype=torch.float64), dim=2)
+    tokens = initial_tokens(torch.zeros(2, 6, 3), 0, (2, 4), kept=torch.tensor([[0, 1, 3, 4, 6, 7]]).expand(2, -1))
+    plain, rotary = (cls(Site(3, 6, rotary=rotary), 0.5, config).compared(keys, tokens) for rotary in (False, True))
+    assert plain is keys
+    if method == "tome":
+        assert rotary is keys
+        return
+    y, x = tokens.anchor[0] // 4 / 4, tokens.anchor[0] % 4 / 4
+    near = 9.0 * (torch.cos(y[:, None] - y) + torch.cos(x[:, None] - x))
+    torch.testing.assert_close(rotary @ rotary.transpose(1, 2), (keys @ keys.transpose(1, 2) + near) / 19.0)
+    assert Site(3, 6).rotary is False

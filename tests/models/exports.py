@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 from typing import ClassVar
 
@@ -194,3 +195,24 @@ class ExportContract:
         expected = model(x)
         output = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)(x)
         assert torch.nn.functional.cosine_similarity(output, expected).median() > 0.95
+
+    # Copies and files
+
+    def test_copies(self, method, x):
+        model = self.build(method)
+        expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x), expected)
+            other.set_merging(False)
+            assert model.merging
+
+    def test_state_dict_round_trip(self, method, x, tmp_path):
+        model, other = self.build(method), self.build(method)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if name != "reduction.settings":
+                    tensor.mul_(1.1) if tensor.is_floating_point() else tensor.fill_(5)
+        torch.save(model.state_dict(), tmp_path / "model.pth")
+        other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
+        assert torch.equal(other(x), model(x))
+        assert other.epoch == 5

@@ -179,3 +179,9 @@ def test_attention_of_another_class_gets_its_positions():
         block.attn.qkv = None
     with pytest.raises(ValueError, match=r"blocks.0.attn: got OtherAttention, expected one whose keys"):
         timm_ltm.convert(plain, "tome")
+
+
+def test_rotary_models_say_so():
+    rotary, other = (timm.create_model(f"ltm_{name}", device="meta") for name in ("eva02_tiny_patch14_224", "test_vit"))
+    assert all(reducer.site.rotary for _, reducer in rotary.reducers())
+    assert not any(reducer.site.rotary for _, reducer in other.reducers())

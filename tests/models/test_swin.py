@@ -93,7 +93,7 @@ class TestSwin(ModelContract):
 
     @pytest.mark.parametrize("given", [{}, {"feature_cls": "getter"}])
     def test_features_are_laid_out_as_timms(self, given, x):
-        """Bit for bit with merging off. Hooks and graphs would give merged maps, of no whole reduction."""
+        """Bit for bit with merging off. Of other wrappers, which hook any module, there are none."""
         model, plain = (build(features_only=True, **given) for build in (self.build, self.build_plain))
         model.model.set_merging(False)
         assert all(torch.equal(*maps) for maps in zip(model(x), plain(x), strict=True))

@@ -149,3 +149,13 @@ def test_gradients_reach_both_passes():
     assert z.grad.isfinite().all()
     for name in ("log_beta", "eta", "proj.weight", "mlp.weight"):
         assert reducer.get_parameter(name).grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["ltm", "anchors"])
+def test_anchors_of_lines_are_tomes(kind, train):
+    """As long as at most half of a side goes."""
+    z, tokens, seen = inputs(2, (6, 8))
+    for ratio, alike in ((0.5, True), (0.7, True), (0.1, False)):
+        ours, tomes = (build(k, (6, 8), ratio).train(train)(z, tokens, seen)[1] for k in (kind, "tome"))
+        assert (ours.anchor.shape == tomes.anchor.shape and torch.equal(ours.anchor, tomes.anchor)) == alike

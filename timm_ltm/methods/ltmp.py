@@ -120,7 +120,7 @@ class ThresholdMask(NamedTuple):
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """G^T x: (B, num_prefix + N, D) -> (B, num_prefix + P, D), the prefix passed through."""
-        assert parts == 1, "pixels of patches are of maps"
+        assert parts == 1, "patches of several pixels are of stages"
         prefix, x = x[:, :num_prefix], x[:, num_prefix:]
         shares = one_hot(self.to, fixed(self.own.shape[1]), x.dtype) * self.rest.unsqueeze(2).to(x.dtype)  # B M P
         kept = take(x, self.index) * self.own.unsqueeze(2).to(x.dtype)
@@ -128,7 +128,7 @@ class ThresholdMask(NamedTuple):
 
     def unmerge(self, x: Tensor, parts: int = 1) -> Tensor:
         """Slots put back where their tokens came from: (B, P, D) -> (B, N, D), a lookup."""
-        assert parts == 1, "pixels of patches are of maps"
+        assert parts == 1, "patches of several pixels are of stages"
         return take(x, self.slot)
 
     def anchors(self) -> Tensor:

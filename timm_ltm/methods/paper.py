@@ -28,7 +28,7 @@ from timm_ltm.reduction.tokens import Tokens, at_least_float32, no_autocast
 __all__ = ["PaperConfig", "PaperLTM"]
 
 RATIO = 0.95  # Section 3.1: one ratio, every block
-MAP_RATIO = 0.7  # of a map: 0.95 of its area is nothing of a side of up to 39 tokens
+LINES_RATIO = 0.7  # of a map: 0.95 of its area is nothing of a side of up to 39 tokens
 TAU = 0.1  # Section 3.1: tau of the first mask
 TEMPERATURE = 1.0  # Section 3.2: phi without a temperature
 MOMENTUM = 0.1  # of the running mean in eval, BatchNorm's
@@ -38,8 +38,8 @@ MOMENTUM = 0.1  # of the running mean in eval, BatchNorm's
 class PaperConfig(TrainedConfig):
     """The settings of ``preset="paper"``: what all methods share, and training's."""
 
-    def default_ratios(self, depths: Sequence[int], maps: bool) -> tuple[float, ...]:
-        return (MAP_RATIO if maps else RATIO,) * sum(depths)
+    def default_ratios(self, depths: Sequence[int], lines: bool) -> tuple[float, ...]:
+        return (LINES_RATIO if lines else RATIO,) * sum(depths)
 
 
 class LabelledClusters(Clusters):

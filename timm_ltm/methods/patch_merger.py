@@ -67,7 +67,7 @@ class PatchMergerConfig(Config):
             -float(m) or 1.0 for m in spread(slots, depths, "num_slots", "Use 0 for blocks that do not merge.")
         )
 
-    def patterns(self, share: float, depths: Sequence[int], maps: bool) -> Iterable[tuple[float, ...]]:
+    def patterns(self, share: float, depths: Sequence[int], lines: bool) -> Iterable[tuple[float, ...]]:
         """One block that merges, the last behind which the budget leaves some tokens; then earlier ones."""
         blocks = sum(depths)
         last = min(max(int(blocks * (share - _APART)), 1), max(blocks - 1, 1))

@@ -75,8 +75,10 @@ class ReducedModel(Scheduled, Saved):
     Attributes:
         weighs_sizes: Attention of this family can be in proportion to sizes.
         gives: What a reducer may read of its blocks, fields of :class:`~timm_ltm.reduction.Seen`.
-        maps: Its tokens are maps.
+        maps: Its tokens are maps, which merge stage by stage.
+        lines: These merge along rows and columns.
         windows: Its attention is in windows of a map.
+        rotary: Positions rotate its attention's queries and keys.
         any_size: timm's model has no size of its own: entrypoints take the ``img_size`` that merging is planned for.
         out_indices: Of ``features_only``, timm's default for the family.
         method: The method's name.
@@ -88,8 +90,10 @@ class ReducedModel(Scheduled, Saved):
     weighs_sizes: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"keys", "inputs"})
     maps: ClassVar[bool] = False
+    lines: ClassVar[bool] = False
     windows: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
+    rotary: bool = False
     out_indices: ClassVar[Any] = 3
     collecting: bool = False
 
@@ -183,7 +187,7 @@ class ReducedModel(Scheduled, Saved):
             block.num_prefix_tokens = getattr(self, "num_prefix_tokens", 0)
             if amount == 1:
                 return tokens
-            site = Site(dim, tokens, index, not behind, self.num_classes, parts, sum(self.planned[0]))
+            site = Site(dim, tokens, index, not behind, self.num_classes, parts, sum(self.planned[0]), self.rotary)
             like = next(block.parameters())
             block.reducer = cls(site, amount, config, device=like.device, dtype=like.dtype).train(self.training)
             _keep_parameters(before, block.reducer)
@@ -197,7 +201,7 @@ class ReducedModel(Scheduled, Saved):
     def _check_method(self, cls: type[Reducer]) -> None:
         name = plain_class(type(self)).__name__
         if not self.takes(cls):
-            expected = f"keeps {'windows of a map' if self.windows else 'a map a map'}"
+            expected = f"merges {'windows of a map' if self.windows else 'maps, stage by stage'}"
             expected = expected if cls.needs <= self.gives else f"reads of a block only {sorted(self.gives)}"
             raise ValueError(
                 f"method: got {cls.method} ({cls.__name__}) for {name}, expected one that {expected}. Use another one."

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from timm_ltm.reduction import Reducer, Seen, Tokens
 
-__all__ = ["ReducedBlock", "ScaledBlock", "recomputed", "run_block"]
+__all__ = ["ReducedBlock", "ScaledBlock", "run_block"]
 
 
 class ReducedBlock(nn.Module):
@@ -108,10 +108,10 @@ def run_block(
         tokens, kwargs = given
         return block(x, tokens=tokens, observe=observe, **kwargs)
 
-    return recomputed(run, x, (tokens, kwargs))
+    return _recomputed(run, x, (tokens, kwargs))
 
 
-def recomputed(run: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, given: Any) -> tuple[Tensor, Any]:
+def _recomputed(run: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, given: Any) -> tuple[Tensor, Any]:
     """``run(x, given)``, whose activations are recomputed in the backward pass.
 
     Args:

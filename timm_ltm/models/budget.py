@@ -45,7 +45,7 @@ class Scheduled(nn.Module):
         """How much each transformer block merges by these settings, 1.0 for nothing."""
         depths, default = self.planned
         if config.gmacs is None or config.trains_budget:
-            return config.amounts(depths, config.default_ratios(depths, self.maps) or default)
+            return config.amounts(depths, config.default_ratios(depths, self.lines) or default)
         if config not in self._budgets:
             self._budgets[config] = amounts_within(self, form_of(self.method, config), config, config.gmacs)
         return self._budgets[config]
@@ -79,7 +79,7 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
         shape.merge_as(cls, config, amounts)
         return gmacs(shape, size) / whole
 
-    patterns = () if config.schedule else tuple(config.patterns(budget, model.planned[0], model.maps))
+    patterns = () if config.schedule else tuple(config.patterns(budget, model.planned[0], model.lines))
     least = 1.0
     paths = [powers(pattern) for pattern in patterns] or [model.path_for(budget, config.schedule)]
     if config.schedule is None and not patterns:  # few merges may not reach it, of methods that halve at most
@@ -90,8 +90,8 @@ def amounts_within(model: "ReducedModel", cls: type[Reducer], config: Config, bu
             return amounts
         least = min(least, found)
     raise ValueError(
-        f"gmacs: got {budget}, expected at least {least:.3f} of this model's, where its blocks are "
-        "left with a token each. Use a larger share, or compression_ratio to merge in other blocks."
+        f"gmacs: got {budget}, expected at least {least:.3f} of this model's, where its blocks "
+        "merge all that they can. Use a larger share, or compression_ratio to merge in other blocks."
     )
 
 

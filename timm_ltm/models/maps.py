@@ -56,6 +56,7 @@ class MapModel(ReducedModel):
     """Mixin of models of such stages."""
 
     maps = True
+    lines = True
     weighs_sizes: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
 
@@ -89,22 +90,40 @@ class MapModel(ReducedModel):
         """timm's."""
         return super().forward_features(self._taken(x))
 
-    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """timm's; also ``"NHWC"`` where the model's maps are, for ``features_only``."""
         formats = ("NCHW", "NHWC") if self.channels_last else ("NCHW",)
         if output_fmt not in formats:
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected one of {formats}. timm's model has no other.")
-        result = super().forward_intermediates(self._taken(x), *args, output_fmt="NCHW", **kwargs)
+        result = super().forward_intermediates(
+            self._taken(x), indices, norm, stop_early, "NCHW", intermediates_only, **kwargs
+        )
         if output_fmt == "NCHW":
             return result
-        if isinstance(result, list):
+        if intermediates_only:
             return [y.permute(0, 2, 3, 1).contiguous() for y in result]
         return result[0], [y.permute(0, 2, 3, 1).contiguous() for y in result[1]]
 
 
-def map_tokens(x: Tensor, grid: tuple[int, int]) -> Tokens:
-    """What is known of the tokens (B, H W, D) of a map at a stage's start; what putting back needs is kept."""
-    return initial_tokens(x, 0, grid, is_map=True)._replace(kept=())
+def map_tokens(x: Tensor, grid: tuple[int, int], lines: bool = True, parts: int = 1) -> Tokens:
+    """What is known of the tokens (B parts, H W, D) of a map at a stage's start; what putting back needs is kept.
+
+    Args:
+        x: The tokens.
+        grid: (H, W).
+        lines: They merge along lines, and stay a map.
+        parts: As of :class:`~timm_ltm.reduction.Site`.
+    """
+    return initial_tokens(x, 0, grid, is_map=lines, parts=parts)._replace(kept=())
 
 
 def to_map(x: Tensor, tokens: Tokens) -> Tensor:

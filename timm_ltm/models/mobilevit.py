@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from timm_ltm.cost import input_size_of
 from timm_ltm.models.attention import has_keys
 from timm_ltm.models.block import run_block
-from timm_ltm.models.maps import MapModel, ReducedStage
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens
 from timm_ltm.models.vit import ReducedViTBlock
-from timm_ltm.reduction import Seen, initial_tokens
+from timm_ltm.reduction import Seen
 from timm_ltm.reduction.tokens import fixed
 
 __all__ = ["ReducedMobileViT", "ReducedMobileViTBlock"]
@@ -40,7 +40,7 @@ class ReducedMobileViTBlock(ReducedStage, MobileVitBlock):
         if full != size:
             x = _resize(x, full)
         x = self._unfold(x, grid)
-        tokens = initial_tokens(x, 0, grid, parts=self.patch_area)._replace(kept=())
+        tokens = map_tokens(x, grid, lines=False, parts=self.patch_area)
         for block in self.transformer:
             x, tokens = run_block(block, x, tokens, False, observe)
         x = self._fold(self.norm(tokens.put_back(x, 0, self.patch_area)), grid)
@@ -69,6 +69,7 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 class ReducedMobileViT(MapModel, ByobNet):
     """timm's MobileViT, a ByobNet with MobileViT's blocks."""
 
+    lines = False
     weighs_sizes = True
     gives = frozenset(Seen._fields)
     any_size = True

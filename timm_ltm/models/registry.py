@@ -191,9 +191,7 @@ def _entrypoint(method: str, plain: str, name: str, family: type[ReducedModel]) 
 
         wrapper = timms.get("feature_cls", "getter")
         if timms.get("features_only") and wrapper not in ("getter", FeatureGetterNet):
-            raise setting_error(
-                "feature_cls", wrapper, "'getter'", "Leave it out: only forward_intermediates puts merged tokens back."
-            )
+            raise setting_error("feature_cls", wrapper, "'getter'", "Leave it out: hooks of blocks see merged tokens.")
         return build_model_with_cfg(
             make,
             name,

@@ -91,9 +91,13 @@ class SequenceModel(ReducedModel):
                     "timm's Attention."
                 )
 
+    @property
+    def rotary(self) -> bool:
+        return self.rotates and self.rope is not None
+
     def _check_method(self, cls: type[Reducer]) -> None:
         super()._check_method(cls)
-        if not cls.anchored and self.rotates and self.rope is not None:
+        if not cls.anchored and self.rotary:
             raise ValueError(
                 f"method: got {cls.method} ({cls.__name__}) for a model with rotary positions, expected one whose "
                 "merged tokens have the place of one token each. Use another method, form or model."

@@ -52,6 +52,10 @@ class LineReducer(Reducer):
         """The mask that merges a line of n tokens to ``num_slots``."""
         raise NotImplementedError
 
+    def compared(self, unit: Tensor, tokens: Tokens) -> Tensor:
+        """What tokens of a sequence are compared by, vectors of length 1: their keys (B, N, K), or more."""
+        return unit
+
     def advice(self, z: Tensor, tokens: Tokens) -> Tensor | None:
         """What is learned, on the cells of a coarse g x g grid over the input: (B, N, g g), see :class:`Line`."""
         return None
@@ -64,7 +68,7 @@ class LineReducer(Reducer):
             if tokens.grid is not None:
                 return self._along_lines(unit, tokens, tokens.grid, advice)
             cells = None if advice is None else tokens.cells(CELLS_PER_SIDE)
-            return self.choose(Line(unit, tokens.size, advice, cells), self.num_slots(N))
+            return self.choose(Line(self.compared(unit, tokens), tokens.size, advice, cells), self.num_slots(N))
 
     def _along_lines(self, unit: Tensor, tokens: Tokens, grid: tuple[int, int], advice: Tensor | None) -> GridMask:
         """One mask for all rows, then one for all columns: whole columns merge, then whole rows, as tokens of H K keys.
@@ -154,18 +158,18 @@ class GridMask(NamedTuple):
 
     def anchors(self) -> Tensor:
         """(B, H' W') token indices among H W."""
-        rows, columns = self.axes("anchors")
+        rows, columns = self._axes("anchors")
         return (columns.unsqueeze(2) * self.start[1] + rows.unsqueeze(1)).flatten(1)
 
     def dense(self) -> Tensor:
         """G (B, H W, H' W')."""
-        return self._product(*self.axes("dense"))
+        return self._product(*self._axes("dense"))
 
     def destinations(self) -> Tensor:
         """(B, H W, H' W'): the share of each token that goes to each slot, rows sum to 1."""
-        return self._product(*self.axes("destinations"))
+        return self._product(*self._axes("destinations"))
 
-    def axes(self, what: str) -> tuple[Tensor, Tensor]:
+    def _axes(self, what: str) -> tuple[Tensor, Tensor]:
         """``anchors``, ``dense`` or ``destinations`` of the rows' and the columns' mask: identities where none is."""
         B, device = self.size.shape[0], self.size.device
         found = []

@@ -42,6 +42,7 @@ class Site(NamedTuple):
         num_classes: Of the model's head, 0 without one.
         parts: Rows of the input in a row that are of one image and merged alike (the pixels of MobileViT's patches).
         depth: Of the model, how many transformer blocks it was built with.
+        rotary: Positions rotate queries and keys.
     """
 
     dim: int
@@ -51,6 +52,7 @@ class Site(NamedTuple):
     num_classes: int = 0
     parts: int = 1
     depth: int = 1
+    rotary: bool = False
 
 
 class Seen(NamedTuple):

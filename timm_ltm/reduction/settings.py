@@ -81,10 +81,10 @@ class Config:
     """The settings of every method. A method's own are fields of a subclass.
 
     Args:
-        compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N), its H x W map into
-            ceil(H sqrt r) x ceil(W sqrt r). One number for all blocks, one per stage, or one per block; 1.0 means that
-            this block does not merge. Of few tokens a ratio near 1 merges none: 0.95 of 19 are 19. None: the family's
-            own schedule.
+        compression_ratio: r of Section 3.1. A block turns its N tokens into P = ceil(r N), an H x W map that merges
+            along lines (Swin, EfficientViT) into ceil(H sqrt r) x ceil(W sqrt r). One number for all blocks, one per
+            stage, or one per block; 1.0 means that this block does not merge. Of few tokens a ratio near 1 merges none:
+            0.95 of 19 are 19. None: the family's own schedule.
         gmacs: In place of ratios, the share of the plain model's GMACs that the merging one may cost. The ratios that
             meet it are found from the shapes, and saved as ``compression_ratio``.
         schedule: Which blocks merge how much within ``gmacs``: ``"flat"``, the same number of tokens in every block (of
@@ -155,16 +155,16 @@ class Config:
             return tuple(default)
         return spread(self.compression_ratio, depths, "compression_ratio", "Use 1.0 for blocks that must not merge.")
 
-    def default_ratios(self, depths: Sequence[int], maps: bool) -> tuple[float, ...] | None:
-        """The method's own schedule where it has one, for models of these stages, of maps or not."""
+    def default_ratios(self, depths: Sequence[int], lines: bool) -> tuple[float, ...] | None:
+        """The method's own schedule where it has one, for models of these stages, merging along lines or not."""
         return None
 
-    def patterns(self, share: float, depths: Sequence[int], maps: bool) -> Iterable[tuple[float, ...]]:
+    def patterns(self, share: float, depths: Sequence[int], lines: bool) -> Iterable[tuple[float, ...]]:
         """For a budget, a share of the plain model's GMACs: ratios of which some power costs it, the best ones first.
 
         The first that can meet the budget are taken. None at all: the family's own.
         """
-        ratios = self.default_ratios(depths, maps)
+        ratios = self.default_ratios(depths, lines)
         return () if ratios is None else (ratios,)
 
     def setting_of(self, amounts: Sequence[float]) -> dict[str, Any]:
