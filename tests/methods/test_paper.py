@@ -259,8 +259,9 @@ def test_models_of_the_paper():
     assert torch.equal(again.eval()(x), model.eval()(x))
     with pytest.raises(ValueError, match=r"got 20 for blocks.1.reducer, expected 4"):
         timm_ltm.ClusterRefresh(model, num_classes=20)
-    of_maps = timm_ltm.convert(timm.create_model("mobilevit_xxs", num_classes=K), "ltm", preset="paper")
-    assert set(of_maps.block_amounts) == {0.7}
+    for name, ratio in {"efficientvit_b0": 0.7, "mobilevit_xxs": 0.95}.items():  # along lines, and free
+        of_maps = timm_ltm.convert(timm.create_model(name, num_classes=K), "ltm", preset="paper")
+        assert set(of_maps.block_amounts) == {ratio}
     eva = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=K)
     with pytest.raises(ValueError, match=r"ltm .PaperLTM. for a model with rotary positions"):
         timm_ltm.convert(timm.models.Eva(use_rot_pos_emb=True, **eva), "ltm", preset="paper")

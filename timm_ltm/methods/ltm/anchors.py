@@ -189,7 +189,7 @@ class LTM(Clustered, LineReducer):
         """(B, n) token indices: the anchors, then the others.
 
         Of the columns and rows of a map ToMe's choice, as long as at most half go: what is left is spaced more evenly,
-        and layers behind it are nearer to the plain model's, by 3 to 13 % in a Swin and 0 to 30 % in an EfficientViT.
+        and layers behind it are nearer to the plain model's, by 3 to 13 % in a Swin and 0 to 40 % in an EfficientViT.
         """
         n = fixed(line.unit.shape[1])
         if line.straight and 2 * (n - num_slots) <= n + 1:
