@@ -213,3 +213,15 @@ def test_every_method(batches, method):
 
 def as_plain_vit():
     return timm.create_model("test_vit", img_size=8, patch_size=1, in_chans=1, num_classes=10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_warm_up_every_block_is_seen_and_merges_nothing(name):
+    model = timm.create_model(name, compression_ratio=0.5, merge_warmup_epochs=1, **FAMILIES[name]).train()
+    model.set_collecting(True)
+    x, seen = torch.randn(2, 3, FAMILIES[name]["img_size"], FAMILIES[name]["img_size"]), []
+    with torch.no_grad(), evaluating(model):
+        record_merged(model, x, seen.append)
+    assert [s.index for s in seen] == list(range(len(block_names(model))))
+    assert all(s.inputs.shape[:2] == s.merged.shape[:2] for s in seen)
+    assert not any(getattr(module, "watched", False) for module in model.modules() if module is not model)
