@@ -144,3 +144,13 @@ def test_a_stage_with_one_patch_left(method):
     """Of small images the last stage has a patch, of four pixels, and nothing to merge."""
     model = timm.create_model(f"{method}_mobilevit_xxs", num_classes=5)
     assert model.train()(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_converted_for_another_size():
+    """timm's model has none; a budget is met at the one that is given."""
+    plain = timm.create_model("mobilevit_xxs", device="meta")
+    named = timm.create_model("ltm_mobilevit_xxs", device="meta", gmacs=0.8, img_size=128)
+    converted = timm_ltm.convert(plain, "ltm", gmacs=0.8, img_size=128)
+    assert converted.block_amounts == named.block_amounts != timm_ltm.convert(plain, "ltm", gmacs=0.8).block_amounts
+    with pytest.raises(ValueError, match="img_size: ltm has no such setting"):
+        timm_ltm.convert(timm.create_model("test_vit"), "ltm", img_size=128)

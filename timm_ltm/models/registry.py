@@ -103,7 +103,8 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
     Args:
         model: Of timm's ViT, DeiT, EVA, Swin, MobileViT or EfficientViT, whatever it was trained on.
         method: The method's name, see ``timm_ltm.METHODS``.
-        **settings: The method's, ``compression_ratio=0.9`` for example.
+        **settings: The method's, ``compression_ratio=0.9`` for example. Of MobileViT and EfficientViT, which have no
+            size of their own, also the ``img_size`` that merging is planned for.
 
     Returns:
         A new model of timm's class, merging, in the given model's mode.
@@ -128,7 +129,11 @@ def convert(model: nn.Module, method: str = "ltm", **settings: Any) -> ReducedMo
         )
         raise setting_error("model", type(model).__name__, f"one of timm's {names}", todo)
     shared = {id(p): p for p in model.parameters()}
-    made = _adopted(copy.deepcopy(model, shared), method, settings)
+    made = copy.deepcopy(model, shared)
+    if FAMILIES[type(model)].any_size and settings.get("img_size") is not None:
+        made.planned_size = to_2tuple(settings["img_size"])
+        settings = {name: value for name, value in settings.items() if name != "img_size"}
+    made = _adopted(made, method, settings)
     name = f"{made.method}_{(getattr(made, 'pretrained_cfg', None) or {}).get('architecture')}"
     if name in default_cfgs:  # what it is saved as, for timm to build it again
         made.pretrained_cfg = made.default_cfg = {**made.pretrained_cfg, "architecture": name}
