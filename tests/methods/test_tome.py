@@ -88,5 +88,7 @@ def test_r_of_a_model():
     assert [mask.size.shape[1] for mask in tokens.masks] == [92, 76, 38]
     assert torch.equal(tokens.size.sum(dim=1), torch.full((2,), 100.0))
     assert not any("reducer" in name for name in model.state_dict())
+    model = timm_ltm.convert(timm.create_model("mobilevit_xxs"), "tome", r=[56, 0, 24, 0, 0, 0, 6, 0, 0])  # patches
+    assert [reducer.slots(reducer.site.tokens) for _, reducer in model.reducers()] == [200, 40, 10]
     with pytest.raises(ValueError, match=r"r: got 8 for a model whose tokens are a map.*compression_ratio"):
-        timm_ltm.convert(timm.create_model("mobilevit_xxs"), "tome", r=8)
+        timm_ltm.convert(timm.create_model("efficientvit_b0"), "tome", r=8)
