@@ -39,7 +39,7 @@ from timm_ltm.methods.ltm import LTM, LTMConfig
 from timm_ltm.methods.ltm.anchors import in_slots
 from timm_ltm.reduction.lines import Line
 from timm_ltm.reduction.masks import HardMask, Mask, SoftMask, hard_mask, soft_mask
-from timm_ltm.reduction.matching import order_by, order_by_redundancy, redundancy
+from timm_ltm.reduction.matching import order_by, redundancy
 from timm_ltm.reduction.reducer import Seen, Site, register_method
 from timm_ltm.reduction.settings import check_number, check_whole, setting_error
 from timm_ltm.reduction.tokens import Tokens, at_least_float32, no_autocast, one_hot, take
@@ -167,8 +167,7 @@ class Learned(LTM):
             changed = (slot != nearest).float().mean()
             if acts_on == "order":
                 anchors = [
-                    torch.zeros_like(line.size).scatter(1, of[:, :P], 1.0)
-                    for of in (order, order_by_redundancy(line.unit, P, line.size))
+                    torch.zeros_like(line.size).scatter(1, of[:, :P], 1.0) for of in (order, super()._order(line, P))
                 ]
                 changed = (anchors[0] - anchors[1]).abs().sum(dim=1).mean() / (2 * P)
             self.moved.append((changed.item(), weight.item()))
@@ -179,7 +178,7 @@ class Learned(LTM):
     def _order(self, line: Line, num_slots: int) -> Tensor:
         """As LTM's; acting on it, an anchor is sooner what the update counts for more in its own slot."""
         if line.advice is None or self.config.acts_on != "order":
-            return order_by_redundancy(line.unit, num_slots, line.size)
+            return super()._order(line, num_slots)
         own = line.advice.gather(2, line.cells.unsqueeze(2)).squeeze(2)
         own = (own - own.mean(dim=1, keepdim=True)) / own.std(dim=1, keepdim=True).clamp_min(1e-6)
         return order_by(redundancy(line.unit, line.size) - TIE * own, num_slots)
