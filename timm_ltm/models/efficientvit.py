@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from timm_ltm.cost import input_size_of
 from timm_ltm.models.block import ReducedBlock
-from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, put_back_map, to_map
 from timm_ltm.reduction import Seen, Tokens
 from timm_ltm.reduction.tokens import fixed, no_autocast, unflatten
 
@@ -99,8 +99,7 @@ class _Stage(ReducedStage):
                 tokens = map_tokens(x, grid)
             x, tokens = block(x, tokens=tokens, observe=observe)
         assert tokens is not None, "a stage is adopted for its blocks"
-        x = tokens.put_back(x)
-        return x.reshape(-1, *tokens.start, fixed(x.shape[2])).permute(0, 3, 1, 2)  # B (H W) D -> B D H W
+        return put_back_map(x, tokens).permute(0, 3, 1, 2)
 
 
 class ReducedEfficientViTStage(_Stage, EfficientVitStage):

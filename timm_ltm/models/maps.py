@@ -19,7 +19,7 @@ from timm_ltm.models.base import ReducedModel
 from timm_ltm.reduction import Reducer, Tokens, initial_tokens
 from timm_ltm.reduction.tokens import fixed
 
-__all__ = ["MapModel", "ReducedStage", "map_tokens", "to_map"]
+__all__ = ["MapModel", "ReducedStage", "map_tokens", "put_back_map", "to_map"]
 
 
 class ReducedStage(nn.Module):
@@ -39,8 +39,8 @@ class ReducedStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """timm's forward: the map in, the map out."""
-        reduces = any(isinstance(module, Reducer) for module in self.modules())
-        if self.watched or (reduces and (self.merges or (self.collects and self.training))):
+        looks = self.merges or (self.collects and self.training)
+        if self.watched or (looks and any(isinstance(module, Reducer) for module in self.modules())):
             return self.merged(x, not self.merges)
         return super().forward(x)
 
@@ -130,6 +130,11 @@ def to_map(x: Tensor, tokens: Tokens) -> Tensor:
     """(B, H' W', D) -> (B, H', W', D)."""
     assert tokens.grid is not None, "maps stay maps"
     return x.reshape(-1, *tokens.grid, fixed(x.shape[2]))
+
+
+def put_back_map(x: Tensor, tokens: Tokens) -> Tensor:
+    """At a stage's end: (B, H' W', D) -> (B, H, W, D), each token with what was its own."""
+    return tokens.put_back(x).reshape(-1, *tokens.start, fixed(x.shape[2]))
 
 
 @torch.fx.wrap

@@ -22,7 +22,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from timm_ltm.models.block import ReducedBlock, run_block
-from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, to_map
+from timm_ltm.models.maps import MapModel, ReducedStage, map_tokens, put_back_map, to_map
 from timm_ltm.reduction import Seen, Tokens
 from timm_ltm.reduction.tokens import at_least_float32, fixed
 
@@ -167,7 +167,7 @@ class ReducedSwinStage(ReducedStage, SwinTransformerStage):
         tokens = map_tokens(x.flatten(1, 2), _sides(x))  # B H W D -> B (H W) D
         for block in self.blocks:
             x, tokens = run_block(block, x, tokens, self.grad_checkpointing, observe)
-        return tokens.put_back(x.flatten(1, 2)).reshape(-1, *tokens.start, fixed(x.shape[3]))  # B (H W) D -> B H W D
+        return put_back_map(x.flatten(1, 2), tokens)  # B H' W' D -> B (H' W') D
 
 
 class ReducedSwin(MapModel, SwinTransformer):
