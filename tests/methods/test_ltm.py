@@ -74,6 +74,38 @@ def test_two_blocks(train, update, prefix):
 
 
 @pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_attention_counts_slots_by_their_tokens_alignment(train, parts):
+    """w' = s' |G^T z| / G^T |z| G^T (w / s), the mean over what is merged alike."""
+    first, second = (build(r).train(train) for r in (0.6, 0.75))
+    for reducer in (first, second):
+        reducer.site = reducer.site._replace(parts=parts)
+    prefix = 0 if parts > 1 else 2
+    z, keys = torch.randn(B * parts, prefix + N, D).double(), torch.randn(B * parts, N, 3).double()
+    tokens, counted = initial_tokens(z, prefix, (H, W), parts=parts), torch.ones(B, N).double()
+    for reducer in (first, second):
+        before, size = z[:, prefix:].unflatten(0, (B, parts)), tokens.size
+        z, tokens = reducer(z, tokens, Seen(keys), prefix)
+        keys = keys[:, : z.shape[1] - prefix]
+        to_slots = tokens.masks[-1].dense().transpose(1, 2).unsqueeze(1)  # B 1 P N
+        aligned = (to_slots @ before).norm(dim=3) / (to_slots @ before.norm(dim=3, keepdim=True)).squeeze(3)
+        carried = (to_slots[:, 0] @ (counted / size).unsqueeze(2)).squeeze(2)
+        counted = tokens.size * aligned.mean(dim=1) * carried
+        torch.testing.assert_close(tokens.weight, counted.detach())
+        assert not tokens.weight.requires_grad
+    assert (tokens.weight < 0.99 * tokens.size).any()
+    torch.testing.assert_close(tokens.log_sizes(0, parts)[::parts, 0, 0].exp(), counted.detach())
+
+
+def test_attention_counts_equal_tokens_by_their_number():
+    z = torch.randn(B, 1, D).double().expand(-1, N, -1)
+    _, tokens = build(0.5)(z, initial_tokens(z, 0, (H, W)), Seen(torch.ones(B, N, 3).double()))
+    torch.testing.assert_close(tokens.weight, tokens.size)
+    _, tokens = build(0.5, proportional_attention=False)(*inputs())
+    assert tokens.weight is None
+
+
+@pytest.mark.parametrize("train", [False, True])
 def test_images_do_not_see_each_other(train):
     reducer = build().train(train)
     z, tokens, seen = inputs()

@@ -187,7 +187,7 @@ def test_pretrained(merging, kwargs, tmp_path):
 
 class ToyBlock(ReducedBlock, Block):
     def attend(self, x, tokens, bias, wanted):
-        y, found = attend(self.attn, self.norm1(x), bias, None, 0, wanted, tokens.unmasked())
+        y, found = attend(self.attn, self.norm1(x), bias, None, 0, wanted, tokens)
         return x + y, found
 
     def rest(self, z, tokens):

@@ -10,7 +10,7 @@ from timm.models import beit
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from timm_ltm.reduction import Seen
+from timm_ltm.reduction import Seen, Tokens
 from timm_ltm.reduction.tokens import at_least_float32, unflatten
 
 __all__ = ["attend", "has_keys", "tells_attention"]
@@ -35,7 +35,7 @@ def attend(
     rope: Tensor | None = None,
     prefix: int = 0,
     wanted: frozenset[str] = frozenset({"keys"}),
-    asking: Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> tuple[Tensor, Seen]:
     """timm's attention of x (B, N, D), and what a reducer may read of it.
 
@@ -46,7 +46,7 @@ def attend(
         rope: Rotary positions of the tokens behind the prefix, as timm's attention takes them.
         prefix: Tokens in front whose keys are not wanted.
         wanted: ``"attention"`` costs the fused kernel; keys are free.
-        asking: (B, N) which queries count in the attention received, 1 or 0; None for all.
+        tokens: What is known of them: the queries of those that are masked do not count in the attention received.
 
     Returns:
         (B, N, D), and keys and attention received of the N - prefix.
@@ -71,7 +71,8 @@ def attend(
         y = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p if attn.training else 0.0)
     else:
         weights = maybe_add_mask(q * attn.scale @ k.transpose(-2, -1), bias).softmax(dim=-1)  # B h N N
-        received = _received(weights, asking)[:, prefix:] if "attention" in wanted else None
+        if "attention" in wanted:
+            received = _received(weights, None if tokens is None else tokens.unmasked(prefix))[:, prefix:]
         y = attn.attn_drop(weights) @ v
     y = y.transpose(1, 2).flatten(2)  # B h N K -> B N (h K)
     y = attn.norm(y) if hasattr(attn, "norm") else y

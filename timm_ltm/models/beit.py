@@ -23,7 +23,7 @@ class ReducedBeitBlock(ScaledBlock, Block):
     def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
         h, seen, prefix = self.norm1(x), Seen(), self.num_prefix_tokens
         if wanted:
-            y, seen = attend(self.attn, h, bias, None, prefix, wanted, tokens.unmasked(prefix))
+            y, seen = attend(self.attn, h, bias, None, prefix, wanted, tokens)
         else:
             y = self.attn(h, shared_rel_pos_bias=bias)
         return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y), seen

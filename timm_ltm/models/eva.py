@@ -26,7 +26,7 @@ class ReducedEvaBlock(ScaledBlock, EvaBlock):
         if rope is not None and self.behind:
             rope = _rope_at(rope, tokens.anchor)
         if wanted:
-            y, seen = attend(self.attn, h, bias, rope, prefix, wanted, tokens.unmasked(prefix))
+            y, seen = attend(self.attn, h, bias, rope, prefix, wanted, tokens)
         else:
             y = self.attn(h, rope=rope, attn_mask=bias)
         y = y if self.gamma_1 is None else self.gamma_1 * y

@@ -119,19 +119,26 @@ class SequenceModel(ReducedModel):
         return [len(self.blocks)]
 
     def default_ratios(self) -> tuple[float, ...]:
-        share, strength = self.default
+        share, strength = (0.8, 0.48) if self._pretrained_without_classes() else self.default
         return self.path_for(share, None)(strength)
+
+    def _pretrained_without_classes(self) -> bool:
+        """timm's configuration of the weights has none: DINO, DINOv2, DINOv3, MAE, SigLIP. Whatever the head is now."""
+        return (getattr(self, "pretrained_cfg", None) or {}).get("num_classes") == 0
 
     def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
         """In few blocks while little merges, as each merge has a fixed cost, else in all but the first.
 
         Below 0.7 later blocks merge fewer tokens, the more so the smaller the budget: enough tokens then reach the end.
         Nearer to the plain model than the same number in every block, on a real self-supervised ViT-S/14 and on small
-        supervised ViTs. ``"late"`` is nearer to the first at 0.8, and farther from the second.
+        supervised ViTs. ``"late"`` is nearer to the first from 0.77 on, and farther from the second: so it is what
+        weights without classes have by default there.
         """
         depth, tokens = len(self.blocks), self.input_tokens
         if schedule == "flat":
             return self.path_of([1.0] * depth)
+        if schedule is None and share >= 0.77 and self._pretrained_without_classes():
+            schedule = "late"
         first, step, decline = 1, 1, 1.0 - max(0.725 - share, 0.0) * 2 / 3
         if schedule == "late":  # at 0.80 behind a third of the blocks, at 0.6 in the first
             first, step, decline = math.ceil(depth * (share - 0.6) * 5 / 3 - 0.25), 2, 1.0

@@ -33,7 +33,7 @@ class ReducedViTBlock(ReducedBlock, Block):
     def attend(self, x: Tensor, tokens: Tokens, bias: Tensor | None, wanted: frozenset[str]) -> tuple[Tensor, Seen]:
         h, seen, prefix = self.norm1(x), Seen(), self.num_prefix_tokens
         if wanted:
-            y, seen = attend(self.attn, h, bias, None, prefix, wanted, tokens.unmasked(prefix))
+            y, seen = attend(self.attn, h, bias, None, prefix, wanted, tokens)
         else:
             y = self.attn(h, attn_mask=bias)
         return x + self.drop_path1(self.ls1(y)), seen

@@ -210,16 +210,21 @@ class LengthMask(NamedTuple):
 
     def merge(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> Tensor:
         """(B parts, num_prefix + N, D) -> (B parts, num_prefix + P, D), the prefix passed through."""
+        return self.merge_aligned(x, num_prefix, parts)[0]
+
+    def merge_aligned(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """:meth:`merge`, and |m| over the length it gets, (B, P): 1 where the tokens of a slot point the same way."""
         mean = self.inner.merge(x, num_prefix, parts)
         if fixed(x.shape[1]) == fixed(mean.shape[1]):
-            return mean
+            return mean, torch.ones_like(self.size)
         norm, length = (torch.linalg.vector_norm(at_least_float32(t[:, num_prefix:]), dim=2) for t in (x, mean))
         meant = self._longest(norm, parts) if self.longest else self.inner.merge(norm.unsqueeze(2), 0, parts).squeeze(2)
         directed = length > _CANCELLED * meant
         scale = torch.where(directed, meant / torch.where(directed, length, 1.0), 1.0)
+        aligned = unflatten(1.0 / scale, 0, (-1, parts)).mean(dim=1)  # (B parts) P -> B parts P -> B P
         if num_prefix:
             scale = F.pad(scale, (num_prefix, 0), value=1.0)
-        return mean * scale.unsqueeze(2).to(x.dtype)
+        return mean * scale.unsqueeze(2).to(x.dtype), aligned
 
     def _longest(self, norm: Tensor, parts: int) -> Tensor:
         """(B parts, N) -> (B parts, P)."""

@@ -180,7 +180,7 @@ class Reducer(nn.Module):
         return num_slots(num_tokens, self.amount**0.5)
 
     def mask(self, z: Tensor, tokens: Tokens, seen: Seen) -> Mask:
-        """The mask of one block's tokens. One that drops no token but masks it has a ``weight``, see :class:`Tokens`.
+        """The mask of one block's tokens.
 
         Args:
             z: Attention output with its shortcut (B parts, N, D), or the block's output; without the prefix.
@@ -188,6 +188,13 @@ class Reducer(nn.Module):
             seen: Of the block.
         """
         raise NotImplementedError
+
+    def merge(self, mask: Mask, z: Tensor, tokens: Tokens, num_prefix: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B parts, num_prefix + N, D) merged by a mask, and how many attention counts each slot as.
+
+        See :attr:`Tokens.weight`. A mask that drops no token but masks it has one.
+        """
+        return mask.merge(z, num_prefix, self.site.parts), getattr(mask, "weight", None)
 
     def carry(self, z: Tensor, tokens: Tokens, mask: Mask) -> Tensor | None:
         """What is handed on to the next reducer, see :attr:`Tokens.carried`."""
@@ -221,8 +228,8 @@ class Reducer(nn.Module):
             with torch.no_grad(), no_autocast(z):
                 return z, tokens._replace(carried=self.observe(z[:, num_prefix:], tokens, seen))
         mask = self.mask(z[:, num_prefix:], tokens, seen)
-        grid, weight = getattr(mask, "grid", None), getattr(mask, "weight", None)
-        merged, kept = mask.merge(z, num_prefix, self.site.parts), tokens.kept
+        grid, kept = getattr(mask, "grid", None), tokens.kept
+        merged, weight = self.merge(mask, z, tokens, num_prefix)
         if kept is not None:
             kept = (*kept, (z[:, num_prefix:], merged[:, num_prefix:]))
         after = Tokens(
