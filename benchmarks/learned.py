@@ -19,13 +19,18 @@ All of compare.py's options, its tables, paired intervals and seeds. Settings of
 With --clusters, by block of each ``learned``: what clusters tell of labels of other images, the share of tokens whose
 destination the update changes (of anchors, where it acts on the order), and the weight that it moves within slots (half
 the sum of absolute differences, per slot).
+
+With --information N, of every model as its first seed left it, the plain one too: IB loss and IB bound by block and of
+the whole model (Table 5 of the paper), on N test images.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ltm.cli.common import as_table, write_csv
+from timm_ltm.information import information
 from timm_ltm.methods.ltm import LTM, LTMConfig
 from timm_ltm.methods.ltm.anchors import in_slots
 from timm_ltm.reduction.lines import Line
@@ -199,7 +205,7 @@ def _straight_through(mask: HardMask, soft: Tensor, size: Tensor, own: Tensor | 
 
 
 class Experiments(compare.Comparison):
-    """compare.py's, and the tables of what updates tell and move."""
+    """compare.py's, and the tables of what updates tell and move, and of the information bottleneck."""
 
     @torch.no_grad()
     def moves(self) -> list[dict[str, Any]]:
@@ -219,15 +225,30 @@ class Experiments(compare.Comparison):
                 rows.append({**row, "changed": changed, "moved": weight})
         return rows
 
+    def information(self) -> list[dict[str, Any]]:
+        """By block of every fine-tuned model, and of the whole: IB loss and bound, of the same test images."""
+        rng, count = random.Random(self.args.data_seed), min(self.args.information, len(self.tests))
+        batches = list(self.batches(self.tests, rng.sample(range(len(self.tests)), count)))
+        tuned = [name for name in ("plain", *self.named) if self.weights(name).exists()]
+        return [{"model": name, **of.row()} for name in tuned for of in information(self.tuned(name), batches)]
+
+
+def more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--information", type=int, default=0, metavar="N", help="test images that it is measured on")
+
 
 def main() -> None:
-    args = compare.arguments(__doc__)
+    args = compare.arguments(__doc__, more_arguments)
     register_method("learned")(Learned)
     experiments = compare.run(Experiments, args)
-    rows = experiments.moves() if args.clusters else []
-    if rows:
-        write_csv(args.out / "moves.csv", rows)
-        print(as_table(rows))
+    tables = {
+        "moves": experiments.moves() if args.clusters else [],
+        "information": experiments.information() if args.information else [],
+    }
+    for name, rows in tables.items():
+        if rows:
+            write_csv(args.out / f"{name}.csv", rows)
+            print(as_table(rows))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,15 @@ VERSION = 3
 BEFORE = {"version": 1, "clusters": 0, "scratch": False, "merge_warmup": 0.0}
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(
+    description: str | None, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """Of the command line.
+
+    Args:
+        description: What ``--help`` begins with.
+        more: Adds options.
+    """
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", nargs="?", type=Path, help="with train and validation; scikit-learn's digits if not given")
     p.add_argument("--out", type=Path, default=Path("output/compare"))
@@ -83,6 +92,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     g.add_argument("--bfloat16", action="store_true", help="autocast")
     g.add_argument("--channels-last", action="store_true")
     g.add_argument("--save-every", type=int, default=100, help="steps")
+    more(p)
     args = p.parse_args()
     if args.scratch and (args.checkpoint or args.pretrained):
         p.error("--scratch: got weights beside it, expected none. Leave out --checkpoint or --pretrained.")

@@ -39,7 +39,8 @@ def results(tmp_path_factory):
     arguments = [
         "--model", "test_vit", "--img-size", "16", "--model-kwargs", "patch_size=2", "--test-limit", "20",
         "--plain-epochs", "1", "--budget", "0.6", "--clusters", "200", "--steps", "3", "--seeds", "0",
-        "--batch-size", "8", "--lr", "1e-2", "--rounds", "0", "--device", "cpu", "--out", str(out),
+        "--batch-size", "8", "--lr", "1e-2", "--rounds", "0", "--device", "cpu", "--information", "20",
+        "--out", str(out),
     ]  # fmt: skip
     merges = [word for words in merges for word in ("--merge", *words)]
     patch.setattr(sys, "argv", ["learned.py", *arguments, *merges])
@@ -82,6 +83,24 @@ def test_a_metric_starts_as_none_and_is_learned(results):
     model = timm_ltm.convert(plain, "learned", update=False, metric=50, metric_dim=32, compression_ratio=0.7)
     torch.testing.assert_close(model(x), merged(x))
     torch.testing.assert_close(model.train()(x), merged(x))  # destinations stay hard
+
+
+def test_information_of_what_was_trained(results):
+    """By block of every model, and of the whole, the same as the library's of its weights."""
+    with open(results / "information.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    of = {}
+    for row in rows:
+        of.setdefault(row["model"], []).append(row)
+    assert len(of) == 3 + 1 + len(FORMS)
+    blocks = [*(f"blocks.{i}" for i in range(6)), "model"]
+    assert all([row["block"] for row in found] == blocks for found in of.values())
+    assert of["plain"][-1]["tokens"] == "64"
+    assert int(of["ltm 0.6"][5]["tokens"]) < 40
+    for row in rows:
+        assert float(row["ib_loss"]) <= float(row["ib_bound"]) - float(row["c_0"]) + 1e-6  # Theorem 3.1
+        assert 0 <= float(row["i_labels"]) <= float(row["h_labels"]) + 1e-6
+    assert {row["ib_bound"] for row in of["ltm 0.6"]}.isdisjoint(row["ib_bound"] for row in of["plain"])
 
 
 def test_what_the_update_moves(results):

@@ -319,7 +319,7 @@ def find_method(name: str, settings: dict[str, Any]) -> tuple[type[Reducer], Con
         )
     cls, settings = METHODS[name], dict(settings)
     preset = settings.get("preset", "default")
-    if preset != "default" or "preset" in settings:
+    if preset != "default" or ("preset" in settings and not hasattr(cls.Config, "preset")):
         choices = ("default", *cls.presets)
         if not isinstance(preset, str) or preset not in choices or not cls.presets:
             expected = f"one of {choices}" if cls.presets else f"no preset: {name} has none"
