@@ -38,15 +38,15 @@ def redundancy(keys: Tensor, size: Tensor | None = None) -> Tensor:
     if N < 2:
         return keys.new_zeros(keys.shape[0], N)
     index = torch.arange(N, device=keys.device)
-    similarity = keys @ keys.transpose(1, 2)  # B N N
+    # 1 - c, a token far from itself; in few passes over B N N numbers
+    itself = 1.0 + _FAR * torch.eye(N, dtype=keys.dtype, device=keys.device)
+    distance = torch.baddbmm(itself, keys, keys.transpose(1, 2), alpha=-1.0)  # B N N
     if size is not None:
-        u = size.to(keys.dtype).clamp_min(1e-6) ** 0.25
-        pairs = 2.0 * u.unsqueeze(2) * u.unsqueeze(1) / (u.unsqueeze(2) + u.unsqueeze(1))
-        similarity = 1.0 - (1.0 - similarity) * pairs
-    similarity = similarity - _FAR * torch.eye(N, dtype=keys.dtype, device=keys.device)
-    best, partner = similarity.max(dim=2)
+        inverse = size.detach().to(keys.dtype).clamp_min(1e-6) ** -0.25  # 2 u v / (u + v) = 2 / (1 / u + 1 / v)
+        distance = distance / (0.5 * inverse.unsqueeze(2) + 0.5 * inverse.unsqueeze(1))
+    nearest, partner = distance.min(dim=2)
     first = (partner.gather(1, partner) == index) & (index < partner)
-    return best - _FAR * first.to(best.dtype)
+    return 1.0 - nearest - _FAR * first.to(nearest.dtype)
 
 
 _FAR = 32.0  # below all others, and with little loss of precision
