@@ -11,6 +11,7 @@ import torch
 import timm_ltm
 from timm_ltm.cost import gmacs
 from timm_ltm.fidelity import errors, features_of
+from timm_ltm.search import _surely_less
 
 
 def plain(name="test_vit", **kwargs):
@@ -69,6 +70,15 @@ def test_a_searched_schedule_is_within_the_budget_and_no_worse(method):
     for kind, value in found.error.items():
         assert value == pytest.approx(error[kind].mean().item(), rel=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept"), [([0.1], True), ([0.0], False), ([-0.1], False), ([0.3, 0.1], True), ([0.9, -0.1, -0.5], False)]
+)
+def test_what_is_kept_is_no_chance(gain, kept):
+    """0.3 and 0.1: 0.2, standard error 0.1. The last: 0.1, standard error 0.42."""
+    scores = torch.rand(len(gain)).double()
+    assert _surely_less(scores - torch.tensor(gain).double(), scores) is kept
 
 
 def test_what_cannot_be_searched():

@@ -58,8 +58,9 @@ def search_schedule(
 
     Starts from the better of the default schedule and the same number in every block (of maps: or one block alone);
     then one block after the other merges more, or less, the whole scaled to the budget each time, and what lessens the
-    error is kept. The error is the sum over kinds of features of the mean of the square root of 1 - cos: of an angle,
-    as a mean of squares would follow a few images.
+    error is kept, if by more than its standard error over the images: what is kept by chance does not hold on others.
+    The error is the sum over kinds of features of the mean of the square root of 1 - cos: of an angle, as a mean of
+    squares would follow a few images.
 
     .. code-block:: python
 
@@ -97,10 +98,10 @@ def search_schedule(
                 return False
             seen.add(candidate)
             score, of_kinds = measure(candidate)
-            better = score < best
+            better = _surely_less(score, best)
             if better:
                 best, of_best, amounts = score, of_kinds, candidate
-            bar.set_postfix_str(f"error {best / default:.2f} of the default's", refresh=False)
+            bar.set_postfix_str(f"error {best.mean() / default.mean():.2f} of the default's", refresh=False)
             bar.update()
             return better
 
@@ -136,6 +137,12 @@ def _moves(parts: Sequence[float], block: int, factor: float) -> Iterator[list[f
             yield moved
 
 
+def _surely_less(score: Tensor, other: Tensor) -> bool:
+    """Whether scores (n,) of images are less than others of the same ones by more than the standard error of it."""
+    gain = other - score
+    return bool(gain.mean() > (gain.std() / len(gain) ** 0.5 if len(gain) > 1 else 0.0))
+
+
 class _Measure:
     """What schedules of one model cost, and how far its features then are from the plain model's."""
 
@@ -156,13 +163,13 @@ class _Measure:
         return count_gmacs(self.shape, self.size) / self.whole
 
     @torch.inference_mode()
-    def __call__(self, amounts: tuple[float, ...]) -> tuple[float, dict[str, float]]:
-        """The score, less is better, and the mean error of each kind."""
+    def __call__(self, amounts: tuple[float, ...]) -> tuple[Tensor, dict[str, float]]:
+        """The score of each image, less is better, and the mean error of each kind."""
         self.trial.merge_as(self.cls, self.config, amounts)
         found: dict[str, list[Tensor]] = {}
         for x, expected in zip(self.batches, self.expected, strict=True):
             for kind, error in errors(features_of(self.trial, x), expected).items():
                 found.setdefault(kind, []).append(error)
         joined = {kind: torch.cat(parts) for kind, parts in found.items()}
-        score = sum(error.sqrt().mean().item() for error in joined.values())
+        score = torch.stack([error.sqrt() for error in joined.values()]).sum(dim=0)
         return score, {kind: error.mean().item() for kind, error in joined.items()}
