@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import timm_ltm
 from timm_ltm import ClusterRefresh
+from timm_ltm.cost import gmacs
 
 from .contract import ModelContract, shapes
 
@@ -260,3 +261,51 @@ def test_default_dtype():
         assert model(torch.randn(2, 3, 64, 64)).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+SMALL = dict(img_size=224, embed_dim=48, num_heads=3)
+
+
+def first_of(amounts):
+    return next(i for i, amount in enumerate(amounts) if amount < 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        ("vit_small_patch14_dinov2", True),
+        ("vit_small_patch16_224.dino", True),
+        ("vit_small_patch16_dinov3", True),
+        ("vit_small_patch16_224", False),
+        ("vit_base_patch16_clip_224.openai", False),
+    ],
+)
+def test_weights_without_classes_merge_late(name, late):
+    """By their configuration in timm, whatever head they get, and only where the budget allows."""
+    model = timm.create_model(f"ltm_{name}", **SMALL, num_classes=3)
+    assert first_of(model.block_amounts) == (4 if late else 2)
+    firsts = [
+        ((0.8, None), 4 if late else 2),
+        ((0.8, "late"), 4),
+        ((0.75, None), 2),
+        ((0.65, None), 1),
+        ((0.8, "flat"), 0),
+    ]
+    for (share, schedule), first in firsts:
+        assert first_of(model.path_for(share, schedule)(0.4)) == first
+    plain = timm.create_model(name, **SMALL)
+    plain.reset_classifier(5)
+    assert timm_ltm.convert(plain).block_amounts == model.block_amounts
+
+
+def test_a_model_without_a_configuration_merges_as_with_classes():
+    model = timm_ltm.convert(VisionTransformer(num_classes=0, patch_size=16, embed_dim=48, num_heads=3))
+    assert model.block_amounts == timm.create_model("ltm_vit_small_patch16_224", **SMALL).block_amounts
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch14_dinov2"])
+def test_what_weights_without_classes_cost_by_default(name):
+    with torch.device("meta"):
+        model = timm.create_model(f"ltm_{name}", img_size=224)
+        share = gmacs(model) / gmacs(timm.create_model(name, img_size=224))
+    assert 0.79 < share < 0.81

@@ -89,7 +89,8 @@ class Config:
             meet it are found from the shapes, and saved as ``compression_ratio``.
         schedule: Which blocks merge how much within ``gmacs``: ``"flat"``, the same number of tokens in every block (of
             maps, the same share), as in ToMe's paper; ``"late"``, for self-supervised ViTs, from behind the first third
-            of the blocks where the budget allows. None: the best that was found for the family and this share.
+            of the blocks where the budget allows. None: the best that was found for the family and this share; of ViTs
+            whose weights have no classes in timm's configuration ``"late"``, from 0.77 on.
         merge_warmup_epochs: Epochs of plain training before merging begins (t_warm of Algorithm 1).
 
     Raises:
