@@ -40,8 +40,8 @@ class Tokens(NamedTuple):
         grid: (H, W) of tokens that are a map and stay one, None for a sequence.
         masks: Of the merges since the start.
         carried: What a method hands from block to block.
-        weight: (B, N) how many tokens attention counts each token as, None for its size. With gradient, and 0 for what
-            is masked and not dropped.
+        weight: (B, N) how many tokens attention counts each token as, None for its size. It may have a gradient, and be
+            0: what is masked and not dropped.
         kept: Of each merge since the start the tokens in front of it (B, N, D) and behind it (B, P, D), for
             :meth:`put_back`. None: they are not kept.
     """
