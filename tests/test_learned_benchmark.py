@@ -86,7 +86,7 @@ def test_a_metric_starts_as_none_and_is_learned(results):
 
 
 def test_information_of_what_was_trained(results):
-    """By block of every model, and of the whole, the same as the library's of its weights."""
+    """By block of every model, and of the whole."""
     with open(results / "information.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     of = {}

@@ -11,7 +11,7 @@ import torch
 import timm_ltm
 from timm_ltm.cost import gmacs
 from timm_ltm.fidelity import errors, features_of
-from timm_ltm.search import _surely_less
+from timm_ltm.search import _Measure, _surely_less
 
 
 def plain(name="test_vit", **kwargs):
@@ -75,10 +75,25 @@ def test_a_searched_schedule_is_within_the_budget_and_no_worse(method):
 @pytest.mark.parametrize(
     ("gain", "kept"), [([0.1], True), ([0.0], False), ([-0.1], False), ([0.3, 0.1], True), ([0.9, -0.1, -0.5], False)]
 )
-def test_what_is_kept_is_no_chance(gain, kept):
+def test_what_is_kept_gains_more_than_its_standard_error(gain, kept):
     """0.3 and 0.1: 0.2, standard error 0.1. The last: 0.1, standard error 0.42."""
     scores = torch.rand(len(gain)).double()
     assert _surely_less(scores - torch.tensor(gain).double(), scores) is kept
+
+
+def test_a_search_that_finds_nothing_for_sure_keeps_the_default(monkeypatch):
+    """Every other schedule is better by less than its standard error."""
+
+    def call(self, amounts):
+        gain = torch.tensor([0.9, -0.1, -0.5]) if amounts != first.setdefault("amounts", amounts) else torch.zeros(3)
+        return 1.0 - gain, {"every": 1.0}
+
+    first = {}
+    monkeypatch.setattr(_Measure, "__call__", call)
+    images = [torch.randn(3, 3, 160, 160)]
+    found = timm_ltm.search_schedule(plain(), images, 0.75, method="tome", tries=4, progress=False)
+    assert found.tried == 4
+    assert tuple(found.compression_ratio) == first["amounts"]
 
 
 def test_what_cannot_be_searched():

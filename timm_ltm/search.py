@@ -56,9 +56,9 @@ def search_schedule(
 ) -> Found:
     """Which blocks of a model merge how much, so that its features stay nearest to the plain model's within a budget.
 
-    Starts from the better of the default schedule and the same number in every block (of maps: or one block alone);
-    then one block after the other merges more, or less, the whole scaled to the budget each time, and what lessens the
-    error is kept, if by more than its standard error over the images: what is kept by chance does not hold on others.
+    Starts from the default schedule, or the same number in every block (of maps: or one block alone); then one block
+    after the other merges more, or less, the whole scaled to the budget each time. What lessens the error by more than
+    the standard error of that, over the images, is kept: of what is kept by chance nothing holds on others.
     The error is the sum over kinds of features of the mean of the square root of 1 - cos: of an angle, as a mean of
     squares would follow a few images.
 

@@ -97,6 +97,24 @@ def test_attention_counts_slots_by_their_tokens_alignment(train, parts):
     torch.testing.assert_close(tokens.log_sizes(0, parts)[::parts, 0, 0].exp(), counted.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counts_of_half_precision_are_float32(dtype):
+    reducer, (z, tokens, seen) = build(dtype=torch.float32, update=False), inputs(dtype=torch.float32)
+    _, expected = reducer(z, tokens, seen)
+    half = z.to(dtype)
+    _, after = reducer(half, initial_tokens(half, 0, (H, W)), seen)
+    assert after.weight.dtype == torch.float32
+    torch.testing.assert_close(after.weight, expected.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_where_nothing_merges_counts_stay():
+    z, tokens, seen = inputs()
+    counted = torch.rand(B, N, dtype=torch.float64) + 0.1
+    y, after = build(1.0)(z, tokens._replace(weight=counted), seen)
+    assert torch.equal(y, z)
+    torch.testing.assert_close(after.weight, counted)
+
+
 def test_attention_counts_equal_tokens_by_their_number():
     z = torch.randn(B, 1, D).double().expand(-1, N, -1)
     _, tokens = build(0.5)(z, initial_tokens(z, 0, (H, W)), Seen(torch.ones(B, N, 3).double()))

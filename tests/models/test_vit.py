@@ -278,6 +278,7 @@ def first_of(amounts):
         ("vit_small_patch16_dinov3", True),
         ("vit_small_patch16_224", False),
         ("vit_base_patch16_clip_224.openai", False),
+        ("vit_base_patch16_224.orig_in21k", False),  # supervised, without its head
     ],
 )
 def test_weights_without_classes_merge_late(name, late):
@@ -295,7 +296,22 @@ def test_weights_without_classes_merge_late(name, late):
         assert first_of(model.path_for(share, schedule)(0.4)) == first
     plain = timm.create_model(name, **SMALL)
     plain.reset_classifier(5)
-    assert timm_ltm.convert(plain).block_amounts == model.block_amounts
+    assert first_of(timm_ltm.convert(plain).block_amounts) == (4 if late else 2)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_224"])
+def test_what_is_saved_with_a_head_and_a_budget_loads(name, tmp_path):
+    """The head's classes are written into the configuration; the schedule stays the name's."""
+    torch.manual_seed(0)
+    model = timm.create_model(f"ltm_{name}", **SMALL, num_classes=10, gmacs=0.8).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args={**SMALL, "gmacs": 0.8}, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 224, 224)
+    assert_close(again(x), model(x))
+    overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=-1)  # as train.py --pretrained-path has it
+    settings = dict(num_classes=10, gmacs=0.8, pretrained_cfg_overlay=overlay)
+    given = timm.create_model(f"ltm_{name}", pretrained=True, **SMALL, **settings)
+    assert_close(given.eval().forward_features(x), model.forward_features(x))  # timm leaves such a head out
 
 
 def test_a_model_without_a_configuration_merges_as_with_classes():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 import timm_ltm  # noqa: F401  registers the methods
-from timm_ltm.reduction import find_method
+from timm_ltm.reduction import METHODS, find_method
 from timm_ltm.reduction.settings import num_slots
 
 
@@ -77,6 +79,21 @@ def test_presets():
     assert find_method("ltm", {"preset": "default"})[0] is default[0]
     assert paper[0] is not default[0]
     assert paper[0].method == default[0].method == "ltm"
+
+
+def test_the_default_preset_of_a_method_that_has_no_other(monkeypatch):
+    """As a checkpoint of it says; of one whose settings have no preset at all it is an error."""
+    cls, config = find_method("ltm", {})
+
+    class Other(cls):
+        presets: ClassVar = {}
+
+    monkeypatch.setitem(METHODS, "other", Other)
+    assert find_method("other", {"preset": "default"}) == (Other, config)
+    with pytest.raises(ValueError, match="preset: got 'paper', expected no preset: other has none"):
+        find_method("other", {"preset": "paper"})
+    with pytest.raises(ValueError, match="preset: got 'default', expected no preset: tome has none"):
+        find_method("tome", {"preset": "default"})
 
 
 @pytest.mark.parametrize(

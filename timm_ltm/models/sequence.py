@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.models import eva, vision_transformer
+from timm.models import eva, get_pretrained_cfg, vision_transformer
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -65,6 +65,10 @@ def _ratios(tokens: int, left: list[int]) -> tuple[float, ...]:
     return tuple(1.0 if n == m else m / n for n, m in zip([tokens, *left], left, strict=False))
 
 
+_LATE_FROM = 0.77  # share of the GMACs, below which merging late is farther from the ViT-S/14 too
+_HEADLESS = "orig_in21k"  # timm's tag of supervised weights that lack their head
+
+
 class SequenceModel(ReducedModel):
     """Mixin of models with ``blocks`` over tokens (B, prefix + N, D). The family writes :meth:`embed`.
 
@@ -119,25 +123,31 @@ class SequenceModel(ReducedModel):
         return [len(self.blocks)]
 
     def default_ratios(self) -> tuple[float, ...]:
-        share, strength = (0.8, 0.48) if self._pretrained_without_classes() else self.default
+        share, strength = (0.8, 0.48) if self._merges_late() else self.default
         return self.path_for(share, None)(strength)
 
-    def _pretrained_without_classes(self) -> bool:
-        """timm's configuration of the weights has none: DINO, DINOv2, DINOv3, MAE, SigLIP. Whatever the head is now."""
-        return (getattr(self, "pretrained_cfg", None) or {}).get("num_classes") == 0
+    def _merges_late(self) -> bool:
+        """timm's name is of weights that were trained without classes: DINO, DINOv2, DINOv3, MAE, SigLIP and others.
+
+        By timm's registry: what a model carries is rewritten with its head.
+        """
+        own = getattr(self, "pretrained_cfg", None) or {}
+        architecture = own.get("architecture") or ""
+        found = (get_pretrained_cfg(name, True) for name in (f"{architecture}.{own.get('tag')}", architecture))
+        cfg = next((cfg for cfg in found if cfg is not None), None)
+        return cfg is not None and cfg.num_classes == 0 and cfg.tag != _HEADLESS
 
     def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
         """In few blocks while little merges, as each merge has a fixed cost, else in all but the first.
 
         Below 0.7 later blocks merge fewer tokens, the more so the smaller the budget: enough tokens then reach the end.
         Nearer to the plain model than the same number in every block, on a real self-supervised ViT-S/14 and on small
-        supervised ViTs. ``"late"`` is nearer to the first from 0.77 on, and farther from the second: so it is what
-        weights without classes have by default there.
+        supervised ViTs. ``"late"`` is nearer to the first from 0.77 on, and farther from the second.
         """
         depth, tokens = len(self.blocks), self.input_tokens
         if schedule == "flat":
             return self.path_of([1.0] * depth)
-        if schedule is None and share >= 0.77 and self._pretrained_without_classes():
+        if schedule is None and share >= _LATE_FROM and self._merges_late():
             schedule = "late"
         first, step, decline = 1, 1, 1.0 - max(0.725 - share, 0.0) * 2 / 3
         if schedule == "late":  # at 0.80 behind a third of the blocks, at 0.6 in the first

@@ -213,7 +213,7 @@ class LengthMask(NamedTuple):
         return self.merge_aligned(x, num_prefix, parts)[0]
 
     def merge_aligned(self, x: Tensor, num_prefix: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """:meth:`merge`, and |m| over the length it gets, (B, P): 1 where the tokens of a slot point the same way."""
+        """:meth:`merge`, and |m| over the length of y (B, P): 1 where the tokens of a slot point the same way."""
         mean = self.inner.merge(x, num_prefix, parts)
         if fixed(x.shape[1]) == fixed(mean.shape[1]):
             return mean, torch.ones_like(self.size)
@@ -221,7 +221,8 @@ class LengthMask(NamedTuple):
         meant = self._longest(norm, parts) if self.longest else self.inner.merge(norm.unsqueeze(2), 0, parts).squeeze(2)
         directed = length > _CANCELLED * meant
         scale = torch.where(directed, meant / torch.where(directed, length, 1.0), 1.0)
-        aligned = unflatten(1.0 / scale, 0, (-1, parts)).mean(dim=1)  # (B parts) P -> B parts P -> B P
+        aligned = torch.where(meant > 0, length / torch.where(meant > 0, meant, 1.0), 1.0)
+        aligned = unflatten(aligned, 0, (-1, parts)).mean(dim=1)  # (B parts) P -> B parts P -> B P
         if num_prefix:
             scale = F.pad(scale, (num_prefix, 0), value=1.0)
         return mean * scale.unsqueeze(2).to(x.dtype), aligned

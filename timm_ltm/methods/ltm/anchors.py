@@ -58,7 +58,7 @@ class LTMConfig(TrainedConfig):
             softmax of beta times the cosine of keys. Otherwise each goes to its nearest anchor, as if beta were
             infinite.
         proportional_attention: Attention to a token is in proportion to its size, as in ToMe: blocks behind a merge add
-            log sizes to the logits; of sequences, sizes times the length of the mean of their tokens' directions.
+            log sizes to the logits; of sequences, less where the directions of a slot's tokens differ.
         update: Apply the information-bottleneck update. ``False`` leaves anchors alone, and nothing to train.
         preset: ``"paper"`` is the printed form, see :mod:`timm_ltm.methods.paper`.
     """
