@@ -263,7 +263,7 @@ def test_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-SMALL = dict(img_size=224, embed_dim=48, num_heads=3)
+SMALL = dict(img_size=112, embed_dim=48, num_heads=3)
 
 
 def first_of(amounts):
@@ -303,19 +303,20 @@ def test_weights_without_classes_merge_late(name, late):
 def test_what_is_saved_with_a_head_and_a_budget_loads(name, tmp_path):
     """The head's classes are written into the configuration; the schedule stays the name's."""
     torch.manual_seed(0)
-    model = timm.create_model(f"ltm_{name}", **SMALL, num_classes=10, gmacs=0.8).eval()
-    timm.models.save_for_hf(model, tmp_path, model_args={**SMALL, "gmacs": 0.8}, safe_serialization=True)
+    size = {**SMALL, "depth": 6}
+    model = timm.create_model(f"ltm_{name}", **size, num_classes=10, gmacs=0.8).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args={**size, "gmacs": 0.8}, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, 112, 112)
     assert_close(again(x), model(x))
     overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=-1)  # as train.py --pretrained-path has it
     settings = dict(num_classes=10, gmacs=0.8, pretrained_cfg_overlay=overlay)
-    given = timm.create_model(f"ltm_{name}", pretrained=True, **SMALL, **settings)
+    given = timm.create_model(f"ltm_{name}", pretrained=True, **size, **settings)
     assert_close(given.eval().forward_features(x), model.forward_features(x))  # timm leaves such a head out
 
 
 def test_a_model_without_a_configuration_merges_as_with_classes():
-    model = timm_ltm.convert(VisionTransformer(num_classes=0, patch_size=16, embed_dim=48, num_heads=3))
+    model = timm_ltm.convert(VisionTransformer(num_classes=0, patch_size=16, **SMALL))
     assert model.block_amounts == timm.create_model("ltm_vit_small_patch16_224", **SMALL).block_amounts
 
 
