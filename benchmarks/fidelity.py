@@ -208,7 +208,7 @@ def main() -> None:
     text = table(rows, kinds, args, base, len(files[:limit]), right)
     (args.out / "fidelity.md").write_text(text)
     plot(rows, kinds, args.out / "fidelity.png")
-    print(text)
+    print(f"{text}\n{', '.join(str(args.out / f'fidelity.{kind}') for kind in ('csv', 'md', 'png'))}")
 
 
 def table(rows: list, kinds: list[str], args: argparse.Namespace, base: float, count: int, right: dict) -> str:

@@ -94,7 +94,7 @@ def search_schedule(
         def lessens(candidate: tuple[float, ...]) -> bool:
             """Measure one that is new, and keep it if it is better."""
             nonlocal best, of_best, amounts
-            if candidate in seen or len(seen) >= tries or measure.share(candidate) > gmacs:
+            if candidate in seen or measure.share(candidate) > gmacs:
                 return False
             seen.add(candidate)
             score, of_kinds = measure(candidate)
@@ -106,13 +106,15 @@ def search_schedule(
             return better
 
         for candidate in _starts(trial, measure, gmacs):
-            if lessens(candidate):
+            if len(seen) < tries and lessens(candidate):
                 parts = trial.parts_of(candidate)
         factor, draw = 2.0, random.Random(seed)
         while factor > _SMALLEST_STEP and len(seen) < tries:
             improved = False
             for block in draw.sample(range(len(parts)), len(parts)):
                 for moved in _moves(parts, block, factor):
+                    if len(seen) >= tries:
+                        break  # finding what is within the budget takes seconds
                     if lessens(within(trial.path_of(moved), gmacs, measure.share)[0]):
                         parts, improved = moved, True
                         break

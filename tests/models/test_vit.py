@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -297,6 +298,20 @@ def test_weights_without_classes_merge_late(name, late):
     plain = timm.create_model(name, **SMALL)
     plain.reset_classifier(5)
     assert first_of(timm_ltm.convert(plain).block_amounts) == (4 if late else 2)
+
+
+@pytest.mark.parametrize("schedule", [None, "late"])
+@pytest.mark.parametrize("share", [0.5, 0.4, 0.3, 0.2])
+def test_small_budgets_leave_more_than_one_token(share, schedule):
+    """A twentieth in front of the last block, and half of it behind, however much merges; more of it earlier."""
+    model = timm.create_model("ltm_vit_small_patch16_224", **SMALL)
+    path, tokens = model.path_for(share, schedule), model.input_tokens
+    assert (first_of(path(0.5)) == 0) == (share <= 0.4 or schedule == "late")
+    for strength in (0.5, 0.9, 1.5, 4.0, 64.0):
+        left = [math.prod(path(strength)[: i + 1]) * tokens for i in range(12)]
+        assert left[10] >= 0.05 * tokens - 1e-6
+        assert left[11] >= 0.5 * left[10] - 1e-6
+        assert sum(left) <= sum(math.prod(path(0.9 * strength)[: i + 1]) * tokens for i in range(12)) + 1e-6
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_224"])

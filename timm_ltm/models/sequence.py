@@ -48,12 +48,14 @@ def declining(depth: int, tokens: int, merging: range, decline: float) -> Callab
     Returns:
         Ratios by strength, the share of the N tokens that go in front of the last block.
     """
-    parts = [decline**i if i in merging else 0.0 for i in range(depth - 1)]
-    whole = sum(parts) or 1.0
 
     def ratios(strength: float) -> tuple[float, ...]:
+        share = min(strength, _MOST)  # beyond it no more tokens go, but earlier
+        q = decline * share / strength if strength else decline
+        parts = [q**i if i in merging else 0.0 for i in range(depth - 1)]
+        whole = sum(parts) or 1.0
         behind = [sum(parts[: i + 1]) / whole for i in range(depth - 1)]
-        left = [max(tokens - int(strength * tokens * part), 1) for part in behind]
+        left = [max(tokens - int(share * tokens * part), 1) for part in behind]
         left.append(math.ceil(left[-1] * max(0.5, 1.0 - 4.0 * strength)) if left else tokens)
         return _ratios(tokens, left)
 
@@ -65,6 +67,7 @@ def _ratios(tokens: int, left: list[int]) -> tuple[float, ...]:
     return tuple(1.0 if n == m else m / n for n, m in zip([tokens, *left], left, strict=False))
 
 
+_MOST = 0.95  # of the tokens that may go: a single one that is left is far from the plain model
 _LATE_FROM = 0.77  # share of the GMACs, below which merging late is farther from the ViT-S/14 too
 _HEADLESS = "orig_in21k"  # timm's tag of supervised weights that lack their head
 
@@ -138,7 +141,7 @@ class SequenceModel(ReducedModel):
         return cfg is not None and cfg.num_classes == 0 and cfg.tag != _HEADLESS
 
     def path_for(self, share: float, schedule: str | None) -> Callable[[float], tuple[float, ...]]:
-        """In few blocks while little merges, as each merge has a fixed cost, else in all but the first.
+        """In few blocks while little merges, as each merge has a fixed cost, else in all but the first, at last in all.
 
         Below 0.7 later blocks merge fewer tokens, the more so the smaller the budget: enough tokens then reach the end.
         Nearer to the plain model than the same number in every block, on a real self-supervised ViT-S/14 and on small
@@ -149,7 +152,7 @@ class SequenceModel(ReducedModel):
             return self.path_of([1.0] * depth)
         if schedule is None and share >= _LATE_FROM and self._merges_late():
             schedule = "late"
-        first, step, decline = 1, 1, 1.0 - max(0.725 - share, 0.0) * 2 / 3
+        first, step, decline = int(share > 0.4), 1, 1.0 - max(0.725 - share, 0.0) * 2 / 3
         if schedule == "late":  # at 0.80 behind a third of the blocks, at 0.6 in the first
             first, step, decline = math.ceil(depth * (share - 0.6) * 5 / 3 - 0.25), 2, 1.0
         elif share >= 0.7:  # behind a sixth of the blocks
