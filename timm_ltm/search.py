@@ -58,7 +58,7 @@ def search_schedule(
 
     Starts from the default schedule, or the same number in every block (of maps: or one block alone); then one block
     after the other merges more, or less, the whole scaled to the budget each time. What lessens the error by more than
-    the standard error of that, over the images, is kept: of what is kept by chance nothing holds on others.
+    the standard error of that, over the images, is kept: less is then kept by chance, which does not hold on others.
     The error is the sum over kinds of features of the mean of the square root of 1 - cos: of an angle, as a mean of
     squares would follow a few images.
 

@@ -219,12 +219,11 @@ class LengthMask(NamedTuple):
             return mean, torch.ones_like(self.size)
         norm, length = (torch.linalg.vector_norm(at_least_float32(t[:, num_prefix:]), dim=2) for t in (x, mean))
         meant = self._longest(norm, parts) if self.longest else self.inner.merge(norm.unsqueeze(2), 0, parts).squeeze(2)
-        directed = length > _CANCELLED * meant
-        scale = torch.where(directed, meant / torch.where(directed, length, 1.0), 1.0)
         aligned = torch.where(meant > 0, length / torch.where(meant > 0, meant, 1.0), 1.0)
-        aligned = unflatten(aligned, 0, (-1, parts)).mean(dim=1)  # (B parts) P -> B parts P -> B P
+        scale = 1.0 / torch.where(aligned > _CANCELLED, aligned, 1.0)
         if num_prefix:
             scale = F.pad(scale, (num_prefix, 0), value=1.0)
+        aligned = unflatten(aligned, 0, (-1, parts)).mean(dim=1)  # (B parts) P -> B parts P -> B P
         return mean * scale.unsqueeze(2).to(x.dtype), aligned
 
     def _longest(self, norm: Tensor, parts: int) -> Tensor:
