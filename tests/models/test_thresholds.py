@@ -21,7 +21,6 @@ class TestLTMP(ModelContract):
 
     test_a_merge_of_nothing_is_the_plain_model = None  # told by its own tests
     test_merging_and_the_update_change_the_output = None
-    test_another_size_compiles = None  # it does, in 3.6 times what timm's model takes: every block merges
     name = "test_vit"
     methods: ClassVar = ("ltmp",)
     kinds: ClassVar = {"plain": {}, "registers": {"reg_tokens": 4}}
