@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import settings_of
+from timm_ltm.cli.common import CommandError, settings_of
 from timm_ltm.cost import gmacs
 from timm_ltm.speed import latencies
 
@@ -106,7 +106,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {args.device}{threads}, {args.dtype}, {mode},")
     print(f"batch {args.batch}. Latency: median of {args.rounds} rounds; its ratio: of medians.")
     for name in args.models:
-        found = entries(name, args.merge or ["ltm", "tome"], dd)
+        try:
+            found = entries(name, args.merge or ["ltm", "tome"], dd)
+        except (CommandError, ValueError) as error:
+            raise SystemExit(f"cost: {' '.join(str(error).split())}") from None
         images = torch.randn(args.batch, *timm.get_pretrained_cfg(name).input_size, **dd)
         if args.channels_last:
             images = images.to(memory_format=torch.channels_last)

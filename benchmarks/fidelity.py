@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import load_model, settings_of
+from timm_ltm.cli.common import CommandError, load_model, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, features_of, interval
 from timm_ltm.speed import latencies
@@ -150,7 +150,13 @@ def plot(rows: list[dict[str, object]], kinds: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    args = arguments()
+    try:
+        run(arguments())
+    except (CommandError, ValueError) as error:
+        raise SystemExit(f"fidelity: {' '.join(str(error).split())}") from None
+
+
+def run(args: argparse.Namespace) -> None:
     resized.register()
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
@@ -165,7 +171,10 @@ def main() -> None:
     for budget in args.budget:
         for method, *settings in merges:
             name = f"{' '.join([method, *settings])} {budget:g}"
-            models[name] = timm_ltm.convert(plain, method, gmacs=budget, **settings_of(settings))
+            try:
+                models[name] = timm_ltm.convert(plain, method, gmacs=budget, **settings_of(settings))
+            except ValueError as error:
+                raise CommandError(f"{name}: {error}") from None
             about[name] = (" ".join([method, *settings]), budget)
         if args.search:
             others = Images(files[limit : limit + args.search], plain, args)

@@ -134,11 +134,17 @@ class Saved(nn.Module):
         settings = self._settings(config)
         differing = {name: saved[name] for name in sorted(fixed & saved.keys()) if settings.get(name) != saved[name]}
         if differing:
-            here = ", ".join(f"{name} {settings.get(name)} here, {value} there" for name, value in differing.items())
+            both = {name: (_short(settings.get(name)), _short(value)) for name, value in differing.items()}
+            here = ", ".join(f"{name} {ours} here, {theirs} there" for name, (ours, theirs) in both.items())
             self._say_once(f"The checkpoint was saved with other settings than this model was told to have: {here}.")
         if settings != self._settings():
             self._plant(cls, config)
         return differing
+
+
+def _short(value: Any) -> str:
+    """As Python has it, ratios to three digits."""
+    return str([round(amount, 3) for amount in value] if isinstance(value, list) else value)
 
 
 def is_own(name: str) -> bool:
