@@ -125,7 +125,7 @@ def check_later_runs(folder, arguments, monkeypatch):
     del told["trained"]["version"], told["trained"]["own_lr"]  # as earlier versions wrote it
     settings.write_text(json.dumps(told))
     run_here(monkeypatch, *arguments)  # nothing is left to train
-    with pytest.raises(SystemExit, match=r"version of the training: got 4, expected 1, by which the results in"):
+    with pytest.raises(SystemExit, match=r"version of the training: got 5, expected 1, by which the results in"):
         run_here(monkeypatch, *arguments, "--seeds", 3, 4)
     with pytest.raises(SystemExit, match=r"--own-lr: got 0\.01, expected None"):
         run_here(monkeypatch, *arguments, "--own-lr", 0.01)

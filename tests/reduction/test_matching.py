@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timm_ltm.reduction import matching
 from timm_ltm.reduction.matching import (
     _odd_partners,
     _odd_partners_of_all,
@@ -34,6 +35,24 @@ def test_redundancy_against_loops(N, sized):
             assert scores[b, i].item() == pytest.approx(expected, abs=1e-5)
     assert scores.shape == (2, N)
     torch.testing.assert_close(redundancy(keys, torch.ones(2, N)), redundancy(keys))
+
+
+@pytest.mark.parametrize("N", [5, 12, 13, 17])
+def test_many_tokens_are_compared_in_strips(N, monkeypatch):
+    """Runs of equally many, but for the last, as if each were alone."""
+    keys, size = unit_vectors(torch.randn(2, N, 4)), 1 + 99 * torch.rand(2, N)
+    strips = [range(start, min(start + c, N)) for c in [{5: 5, 12: 6, 13: 5, 17: 6}[N]] for start in range(0, N, c)]
+    expected = torch.cat([redundancy(keys[:, strip], size[:, strip]) for strip in strips], dim=1)
+    monkeypatch.setattr(matching, "_STRIP", 6)
+    torch.testing.assert_close(redundancy(keys, size), expected)
+    torch.testing.assert_close(redundancy(keys), redundancy(keys, torch.ones(2, N)))
+
+
+def test_a_token_alone_in_its_strip_stays(monkeypatch):
+    monkeypatch.setattr(matching, "_STRIP", 2)
+    keys = unit_vectors(torch.randn(2, 1, 4)).expand(-1, 5, -1)
+    assert (redundancy(keys)[:, 4] < redundancy(keys)[:, :4].amax(dim=1)).all()
+    assert (order_by_redundancy(keys, 3)[:, :3] == torch.tensor([0, 2, 4])).all()
 
 
 @settings(deadline=None, max_examples=25)
