@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import timm_ltm
 from timm_ltm import ClusterRefresh
 from timm_ltm.cost import gmacs
+from timm_ltm.reduction import matching
 
 from .contract import ModelContract, shapes
 
@@ -342,3 +343,14 @@ def test_what_weights_without_classes_cost_by_default(name):
         model = timm.create_model(f"ltm_{name}", img_size=224)
         share = gmacs(model) / gmacs(timm.create_model(name, img_size=224))
     assert 0.79 < share < 0.81
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strip", [3, 5])
+def test_tokens_in_strips_are_exported(strip, monkeypatch, tmp_path):
+    """More tokens than are compared at once, which strips divide or not."""
+    monkeypatch.setattr(matching, "_STRIP", strip)
+    contract = TestViT()
+    contract.check_export("ltm")
+    axes = {"x": {0: "batch"}, "y": {0: "batch"}}
+    contract.check_onnx(contract.build(**contract.shallow), tmp_path, dynamic_axes=axes)

@@ -29,7 +29,8 @@ def redundancy(keys: Tensor, size: Tensor | None = None) -> Tensor:
     below all that are not the first of such a pair: of two twins only one goes.
 
     More than 128 tokens are compared in strips, runs of equally many and at most 128: the likest token of a large image
-    is near by, and what all pairs cost (1.3 % of a ViT-S/14 of 1,369 tokens) is better spent on merging less.
+    is near by, and what all pairs cost (1.3 % of a ViT-S/14 of 1,369 tokens) is better spent on merging less. Graphs
+    whose number of tokens is a symbol compare all pairs.
 
     Args:
         keys: (B, N, K) unit vectors, in token order.
@@ -41,7 +42,7 @@ def redundancy(keys: Tensor, size: Tensor | None = None) -> Tensor:
     N = fixed(keys.shape[1])
     if N < 2:
         return keys.new_zeros(keys.shape[0], N)
-    n = -(-N // _STRIP) if isinstance(N, int) else 1
+    n = -(-N // _STRIP) if isinstance(N, int) else 1  # balanced strips of a symbol have no form that export solves
     c = -(-N // n)
     missing = n * c - N  # of the last strip
     if missing:
