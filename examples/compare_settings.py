@@ -20,7 +20,7 @@ TRAINED = ("steps", "epochs", "lr", "own_lr", "weight_decay", "batch_size", "smo
 TRAINED += ("refresh_every", "bfloat16", "channels_last", "merge_warmup")
 # Of training. 1, which said none, also decayed what timm's models name in no_weight_decay; 2 smoothed Q by one image in
 # every cell, and its T left phi half of the entropy; in 3 attention counted LTM's slots by their sizes alone; in 4 LTM
-# compared all pairs of more than 128 tokens
+# compared all pairs of more than 256 tokens
 VERSION = 5
 # What earlier versions did, and do not say
 BEFORE = {"version": 1, "clusters": 0, "scratch": False, "merge_warmup": 0.0}
