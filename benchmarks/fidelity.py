@@ -152,7 +152,7 @@ def plot(rows: list[dict[str, object]], kinds: list[str], path: Path) -> None:
 def main() -> None:
     try:
         run(arguments())
-    except (CommandError, ValueError) as error:
+    except CommandError as error:
         raise SystemExit(f"fidelity: {' '.join(str(error).split())}") from None
 
 
@@ -160,9 +160,12 @@ def run(args: argparse.Namespace) -> None:
     resized.register()
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise SystemExit(
+        raise CommandError(
             f"folder: got {str(args.folder)!r}, which holds no images. Expected some of {sorted(SUFFIXES)}."
         )
+    for split in ("train", "validation") if args.probe else ():
+        if not (args.probe / split).is_dir():
+            raise CommandError(f"--probe: got {str(args.probe)!r}, expected a folder with train and validation in it.")
     random.Random(args.seed).shuffle(files)
     limit = args.limit or len(files) - args.search
     plain, _ = load_model(str(args.checkpoint or args.model), args)
@@ -173,8 +176,8 @@ def run(args: argparse.Namespace) -> None:
             name = f"{' '.join([method, *settings])} {budget:g}"
             try:
                 models[name] = timm_ltm.convert(plain, method, gmacs=budget, **settings_of(settings))
-            except ValueError as error:
-                raise CommandError(f"{name}: {error}") from None
+            except (CommandError, ValueError) as error:
+                raise CommandError(f"--merge {' '.join([method, *settings])} at {budget:g}: {error}") from None
             about[name] = (" ".join([method, *settings]), budget)
         if args.search:
             others = Images(files[limit : limit + args.search], plain, args)

@@ -91,6 +91,14 @@ def test_what_was_told_is_kept_and_said_once():
         make(compression_ratio=1.0).load_state_dict(state, strict=True)
 
 
+def test_ratios_are_told_as_long_as_they_have_to_be():
+    state = make("tome", compression_ratio=[0.8765432] * 6).state_dict()
+    with pytest.warns(UserWarning, match=r"\[0.75, .* here, \[0.877, .* there"):
+        make("tome", compression_ratio=[0.75] * 6).load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"\[0.8766, .* here, \[0.8765432, .* there"):
+        make("tome", compression_ratio=[0.8766] * 6).load_state_dict(state)
+
+
 def test_a_load_that_fails_leaves_the_model_as_it_was():
     state, model = make(compression_ratio=RATIOS, num_clusters=8).state_dict(), make(num_clusters=16)
     before = model.block_amounts

@@ -346,10 +346,9 @@ def test_what_weights_without_classes_cost_by_default(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("strip", [3, 5])
-def test_tokens_in_strips_are_exported(strip, monkeypatch, tmp_path):
-    """More tokens than are compared at once, which strips divide or not."""
-    monkeypatch.setattr(matching, "_STRIP", strip)
+def test_tokens_in_strips_are_exported(monkeypatch, tmp_path):
+    """More tokens than are compared at once: 16 in six strips, the last one short, then 12 in four."""
+    monkeypatch.setattr(matching, "_STRIP", 3)
     contract = TestViT()
     contract.check_export("ltm")
     axes = {"x": {0: "batch"}, "y": {0: "batch"}}

@@ -37,11 +37,14 @@ def test_redundancy_against_loops(N, sized):
     torch.testing.assert_close(redundancy(keys, torch.ones(2, N)), redundancy(keys))
 
 
-@pytest.mark.parametrize("N", [5, 12, 13, 17])
-def test_many_tokens_are_compared_in_strips(N, monkeypatch):
-    """Runs of equally many, but for the last, as if each were alone."""
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize(("N", "c"), [(5, 5), (12, 6), (13, 5), (14, 5), (17, 6)])
+def test_many_tokens_are_compared_in_strips(N, c, opposite, monkeypatch):
+    """Runs of equally many, but for the last, as if each were alone; what fills up the last is far from everything."""
     keys, size = unit_vectors(torch.randn(2, N, 4)), 1 + 99 * torch.rand(2, N)
-    strips = [range(start, min(start + c, N)) for c in [{5: 5, 12: 6, 13: 5, 17: 6}[N]] for start in range(0, N, c)]
+    if opposite:  # in the last strip; large sizes make them farther
+        keys[:, -1], size[:, -3:] = -keys[:, -2], 4000.0
+    strips = [range(start, min(start + c, N)) for start in range(0, N, c)]
     expected = torch.cat([redundancy(keys[:, strip], size[:, strip]) for strip in strips], dim=1)
     monkeypatch.setattr(matching, "_STRIP", 6)
     torch.testing.assert_close(redundancy(keys, size), expected)
@@ -51,8 +54,15 @@ def test_many_tokens_are_compared_in_strips(N, monkeypatch):
 def test_a_token_alone_in_its_strip_stays(monkeypatch):
     monkeypatch.setattr(matching, "_STRIP", 2)
     keys = unit_vectors(torch.randn(2, 1, 4)).expand(-1, 5, -1)
-    assert (redundancy(keys)[:, 4] < redundancy(keys)[:, :4].amax(dim=1)).all()
-    assert (order_by_redundancy(keys, 3)[:, :3] == torch.tensor([0, 2, 4])).all()
+    for size in (None, torch.full((2, 5), 16.0)):
+        assert (order_by_redundancy(keys, 3, size)[:, :3] == torch.tensor([0, 2, 4])).all()
+
+
+@pytest.mark.parametrize(("N", "twins"), [(256, True), (257, False)])
+def test_how_many_are_compared_at_once(N, twins):
+    keys = unit_vectors(torch.randn(1, N, 64))
+    keys[:, -1] = keys[:, 0]
+    assert (redundancy(keys)[0, -1].item() > 0.99) == twins  # the second of a pair
 
 
 @settings(deadline=None, max_examples=25)

@@ -134,7 +134,7 @@ class Saved(nn.Module):
         settings = self._settings(config)
         differing = {name: saved[name] for name in sorted(fixed & saved.keys()) if settings.get(name) != saved[name]}
         if differing:
-            both = {name: (_short(settings.get(name)), _short(value)) for name, value in differing.items()}
+            both = {name: _apart(settings.get(name), value) for name, value in differing.items()}
             here = ", ".join(f"{name} {ours} here, {theirs} there" for name, (ours, theirs) in both.items())
             self._say_once(f"The checkpoint was saved with other settings than this model was told to have: {here}.")
         if settings != self._settings():
@@ -142,9 +142,10 @@ class Saved(nn.Module):
         return differing
 
 
-def _short(value: Any) -> str:
-    """As Python has it, ratios to three digits."""
-    return str([round(amount, 3) for amount in value] if isinstance(value, list) else value)
+def _apart(*values: Any) -> list[Any]:
+    """Two settings to be told apart by a reader: ratios to three decimals, where these differ."""
+    short = [[round(of, 3) for of in value] if isinstance(value, list) else value for value in values]
+    return short if short[0] != short[1] else list(values)
 
 
 def is_own(name: str) -> bool:
