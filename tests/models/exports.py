@@ -90,7 +90,7 @@ class ExportContract:
 
     @pytest.mark.slow
     def test_another_size_compiles(self, method):
-        """Compiled anew, sizes being constants of the graph: at each merge it may grow by three nodes."""
+        """Compiled anew, sizes being constants of the graph: at each merge it may grow by four nodes."""
         if self.any_size is None:
             pytest.skip("timm's model has one size")
         nodes = []
@@ -109,7 +109,7 @@ class ExportContract:
         plain, ours = nodes[:first], nodes[first:]
         merges = len(list(model.reducers()))
         assert len(ours) == 3
-        assert max(ours) - ours[0] <= max(plain) - plain[0] + 3 * merges, nodes
+        assert max(ours) - ours[0] <= max(plain) - plain[0] + 4 * merges, nodes
 
     def default_ratios(self):
         """The family's own schedule, where the contract's merges in every block."""
