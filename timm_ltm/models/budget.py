@@ -111,13 +111,15 @@ def within(
         share: What amounts cost.
 
     Returns:
-        Amounts and their share; where no strength meets the budget, those of the largest.
+        Amounts and their share; where no strength meets the budget, what was found to cost least.
     """
     low, of_low, high = 0.0, 1.0, 1.0  # strengths, and the first's share: above the budget and not above it
     of_high = share(path(high))
+    least = of_high, high
     while of_high > budget:
+        least = min(least, (of_high, high))  # of methods that halve at most, not the strongest
         if path(2.0 * high) == path(high):
-            return path(high), of_high
+            return path(least[1]), least[0]
         low, of_low, high = high, of_high, 2.0 * high
         of_high = share(path(high))
     for step in range(_STEPS):
