@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import CommandError, settings_of
+from timm_ltm.cli.common import CommandError, one_line, settings_of
 from timm_ltm.cost import gmacs
 from timm_ltm.speed import latencies
 
@@ -109,7 +109,7 @@ def main() -> None:
         try:
             found = entries(name, args.merge or ["ltm", "tome"], dd)
         except (CommandError, ValueError) as error:
-            raise SystemExit(f"cost: {' '.join(str(error).split())}") from None
+            raise SystemExit(one_line("cost", error)) from None
         images = torch.randn(args.batch, *timm.get_pretrained_cfg(name).input_size, **dd)
         if args.channels_last:
             images = images.to(memory_format=torch.channels_last)

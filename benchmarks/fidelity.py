@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import CommandError, load_model, settings_of
+from timm_ltm.cli.common import CommandError, load_model, one_line, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, features_of, interval
 from timm_ltm.speed import latencies
@@ -153,7 +153,7 @@ def main() -> None:
     try:
         run(arguments())
     except CommandError as error:
-        raise SystemExit(f"fidelity: {' '.join(str(error).split())}") from None
+        raise SystemExit(one_line("fidelity", error)) from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -173,12 +173,13 @@ def run(args: argparse.Namespace) -> None:
     models, about = {}, {}
     for budget in args.budget:
         for method, *settings in merges:
-            name = f"{' '.join([method, *settings])} {budget:g}"
+            title = " ".join([method, *settings])
+            name = f"{title} {budget:g}"
             try:
                 models[name] = timm_ltm.convert(plain, method, gmacs=budget, **settings_of(settings))
             except (CommandError, ValueError) as error:
-                raise CommandError(f"--merge {' '.join([method, *settings])} at {budget:g}: {error}") from None
-            about[name] = (" ".join([method, *settings]), budget)
+                raise CommandError(f"--merge {title} at {budget:g}: {error}") from None
+            about[name] = (title, budget)
         if args.search:
             others = Images(files[limit : limit + args.search], plain, args)
             found = timm_ltm.search_schedule(plain, others, budget, images=args.search)

@@ -36,7 +36,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_ltm
-from timm_ltm.cli.common import CommandError, load_model, parameters_of, settings_of
+from timm_ltm.cli.common import CommandError, load_model, one_line, parameters_of, settings_of
 from timm_ltm.cost import gmacs, input_size_of
 from timm_ltm.fidelity import errors, outputs_of
 from timm_ltm.methods.ltmp import calibrate, flops_ratio
@@ -362,7 +362,7 @@ def run(kind: type[Comparison], args: argparse.Namespace) -> Comparison:
         comparison = kind(args)
         comparison.run()
     except (CommandError, ValueError) as error:
-        raise SystemExit(f"compare: {' '.join(str(error).split())}") from None
+        raise SystemExit(one_line("compare", error)) from None
     print((args.out / "compare.md").read_text())
     return comparison
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm_ltm.cli import convert, listing, measure, report, show
-from timm_ltm.cli.common import CommandError
+from timm_ltm.cli.common import CommandError, one_line
 from timm_ltm.reduction.settings import nearest
 
 __all__ = ["COMMANDS", "main"]
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             args.run(args)
         except (CommandError, ValueError, OSError) as error:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(one_line(name, error), file=sys.stderr)
             return 1
         except ModuleNotFoundError as error:
             if error.name not in ("matplotlib", "safetensors"):

@@ -47,6 +47,11 @@ class CommandError(Exception):
     """What went wrong and what to do, in one line."""
 
 
+def one_line(program: str, error: Exception) -> str:
+    """What a program that ends with an error says of it."""
+    return f"{program}: {' '.join(str(error).split())}"
+
+
 def command(parsers: Any, name: str, run: Any, short: str, more: str, example: str) -> argparse.ArgumentParser:
     """A subcommand, in short and with an example in its help."""
     parser = parsers.add_parser(

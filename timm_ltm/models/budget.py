@@ -117,11 +117,11 @@ def within(
     of_high = share(path(high))
     least = of_high, high
     while of_high > budget:
-        least = min(least, (of_high, high))  # of methods that halve at most, not the strongest
         if path(2.0 * high) == path(high):
             return path(least[1]), least[0]
         low, of_low, high = high, of_high, 2.0 * high
         of_high = share(path(high))
+        least = min(least, (of_high, high))  # of methods that halve at most, not the strongest
     for step in range(_STEPS):
         if budget - of_high <= _ENOUGH or path(low) == path(high):
             break
